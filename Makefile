@@ -1,0 +1,83 @@
+# Two commands matter: `make repro` and `make test`. Each sets up what it needs. `make help` lists the rest.
+PYTHON ?= python3.11
+BIN := .venv/bin
+HOST := 127.0.0.1
+SERVE_PORT ?= 3000
+MLFLOW_PORT ?= 5000
+PREFECT_PORT ?= 4200
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# An empty MLFLOW_TRACKING_URI switches tracking off. Machine-local state stays under var/.
+export MLFLOW_TRACKING_URI ?= sqlite:///var/mlflow.db
+export BENTOML_HOME ?= $(CURDIR)/var/bentoml
+export PREFECT_HOME ?= $(CURDIR)/var/prefect
+export BENTOML_DO_NOT_TRACK := True
+export GX_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lint types smoke serve mlflow prefect flow package lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: .venv/.installed ## a virtual environment with the locked packages
+
+.venv/.installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or say PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^uv==' requirements.lock)"
+	$(UV_ENVIRONMENT) uv pip install --quiet --requirement requirements.lock
+	$(UV_ENVIRONMENT) uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+# uv does not read pip's configuration: hand it the index and the wheel folder that this machine's pip uses.
+pip_value = $(shell $(PYTHON) -m pip config get global.$(1) 2>/dev/null)
+UV_ENVIRONMENT = UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy VIRTUAL_ENV=$(CURDIR)/.venv \
+	$(if $(or $(PIP_FIND_LINKS),$(call pip_value,find-links)),UV_FIND_LINKS="$(or $(PIP_FIND_LINKS),$(call pip_value,find-links))") \
+	$(if $(or $(PIP_INDEX_URL),$(call pip_value,index-url)),UV_DEFAULT_INDEX="$(or $(PIP_INDEX_URL),$(call pip_value,index-url))")
+
+lock: ## resolve requirements.lock anew: pins alone, no host and no path of this machine in it
+	$(UV_ENVIRONMENT) uv pip compile --quiet --upgrade --all-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+		--output-file requirements.lock pyproject.toml
+	sed -i 's/^torch==\([0-9.]*\)+cpu$$/torch==\1/' requirements.lock
+
+repro: setup ## raw text to a served-ready model and a report; the second time, nothing
+	@mkdir -p var
+	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme'
+
+smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
+	python -m pipelines experiment smoke
+
+test: lint types ## lint, types and the whole test suite, the real graph at toy size in it
+	python -m pytest
+
+lint: setup
+	ruff check .
+	ruff format --check .
+
+types: setup
+	mypy
+
+serve: setup ## package the chosen model and the retriever, and answer on 127.0.0.1:3000
+	python -m pipelines serve --host $(HOST) --port $(SERVE_PORT)
+
+package: setup ## build the Bento
+	python -m pipelines package
+
+mlflow: setup ## compare runs and models on 127.0.0.1:5000
+	@mkdir -p var
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri $(MLFLOW_TRACKING_URI) --default-artifact-root var/mlruns --host $(HOST) --port $(MLFLOW_PORT)
+
+prefect: setup ## the Prefect server and its page on 127.0.0.1:4200
+	@mkdir -p var
+	prefect server start --host $(HOST) --port $(PREFECT_PORT)
+
+flow: setup ## the rebuild as a Prefect flow (on the server of `make prefect` where PREFECT_API_URL names it)
+	python -m pipelines rebuild
+
+clean: ## forget every output and resumable state, keep the environment
+	rm -rf artifacts runs .dvc/cache .dvc/tmp

@@ -1,0 +1,82 @@
+"""What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    try:
+        return int(arguments.do(arguments) or 0)
+    except (ValueError, OSError) as error:
+        print(f"pipelines {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"pipelines {arguments.command}: {' '.join(map(str, error.cmd[:4]))} … ended with {error.returncode}", file=sys.stderr)
+        return error.returncode
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipelines", description="Run, schedule, promote and serve what the graph builds.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    rebuild = commands.add_parser("rebuild", help="the graph as a Prefect flow, one task a node")
+    rebuild.set_defaults(do=_rebuild)
+
+    experiment = commands.add_parser("experiment", help="the graph under a profile, as a DVC experiment; params.yaml stays as it is")
+    experiment.add_argument("profile", help="an overlay in profiles/, such as smoke, gpu or cluster")
+    experiment.add_argument("dvc", nargs="*", help="more for `dvc exp run`, after --, such as -S train.base.steps=100")
+    experiment.set_defaults(do=_experiment)
+
+    promote = commands.add_parser("promote", help="register the finished models in MLflow and move the champion alias by its rule")
+    promote.set_defaults(do=_promote)
+
+    package = commands.add_parser("package", help="build the Bento from the finished model, index and embedder")
+    package.set_defaults(do=_package)
+
+    serve = commands.add_parser("serve", help="package, then answer over HTTP")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: loopback only)")
+    serve.add_argument("--port", type=int, default=3000, help="port to bind (default: 3000)")
+    serve.set_defaults(do=_serve)
+    return parser
+
+
+def _rebuild(_: argparse.Namespace) -> None:
+    from pipelines.rebuild import rebuild
+
+    rebuild()
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from pipelines.profiles import experiment
+
+    return experiment(arguments.profile, arguments.dvc)
+
+
+def _promote(_: argparse.Namespace) -> None:
+    from pipelines.promote import promote
+
+    for line in promote(Path.cwd()):
+        print(line)
+
+
+def _package(_: argparse.Namespace) -> None:
+    from pipelines.bento import package
+
+    print(package(Path.cwd()))
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pipelines.bento import serve
+
+    return serve(Path.cwd(), arguments.host, arguments.port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What `evaluate` decided, applied: finished models become versions in MLflow's registry, and the champion alias moves by its rule."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from llm_from_scratch import tracking
+from llm_from_scratch.bundle import verify
+
+VERDICT = Path("reports/verdict.json")
+STAMP = Path("var/promoted")
+
+
+def promote(root: Path) -> list[str]:
+    """A line for each model: its version, and whether it is champion now. Nothing new to register costs nothing.
+
+    Raises ValueError where evaluate has not run.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return ["no MLFLOW_TRACKING_URI: nothing registered"]
+    if not (root / VERDICT).exists():
+        raise ValueError(f"no {VERDICT}; dvc repro evaluate writes it")
+    mark = hashlib.sha256(uri.encode() + (root / VERDICT).read_bytes()).hexdigest()
+    stamp = root / STAMP
+    if stamp.exists() and stamp.read_text() == mark:
+        return ["the registry is up to date"]
+    tracking.connect(uri, os.environ.get("REBUILD_ID", "by-hand"), revision="", digests={})
+    lines = _apply(root, json.loads((root / VERDICT).read_text(encoding="utf-8")))
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(mark)
+    return lines
+
+
+def _apply(root: Path, verdict: dict) -> list[str]:
+    rule = verdict["rule"]
+    lines = []
+    for entry in verdict["candidates"]:
+        candidate = tracking.Candidate(
+            name=entry["name"],
+            folder=root / entry["folder"],
+            digest=verify(root / entry["folder"]).digest,
+            card=(root / entry["card"]).read_text(encoding="utf-8"),
+            metrics=entry["metrics"],
+            facts=entry["facts"],
+        )
+        number = tracking.register(candidate)
+        moved = entry["fit"] and tracking.promote(entry["name"], number, rule["metric"], rule["minimum_gain"])
+        lines.append(f"{entry['name']}: version {number}{', now champion' if moved else ''}")
+    tracking.log_files("report", [root / "reports" / "report.md", root / "reports" / "metrics.json"])
+    return lines

@@ -1,0 +1,244 @@
+"""Does reading help, and does search find what to read? Held-out questions with no, a random, the retrieved and the right passage.
+
+The right passage is the most that search could give, a random one shows what mere length and style do, none shows what is known by heart.
+Choosing among given answers by likelihood shows reading in models that are too small to write the answer, and writing it is scored as well.
+
+A choice's score is its mean log probability a token, its <|end|> with it: a sum would favour short choices for being short, and a mean
+over bytes has none to give to <|end|>. That is what fine-tuning minimised, too.
+
+Prompts of one length are read together and only once: all choices, and the answer, go on from the same keys and values.
+
+Shapes: Q questions of one prompt length, C choices each, L tokens of the longest choice, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from llm_from_scratch.data.chat import question_messages
+from llm_from_scratch.data.questions import Question
+from llm_from_scratch.evaluation import EvaluateParams
+from llm_from_scratch.evaluation.generation import exact_match, token_f1
+from llm_from_scratch.inference.decoding import context_of, evaluating
+from llm_from_scratch.inference.kv_cache import KVCache
+from llm_from_scratch.model.ngram import NGram
+from llm_from_scratch.retrieval.embed import Progress, quiet
+from llm_from_scratch.retrieval.index import DEPTH, Index, Mode
+from llm_from_scratch.retrieval.rag import fit_passages
+from llm_from_scratch.tokenizer.base import END_OF_TURN, Tokenizer
+from llm_from_scratch.tokenizer.chat import render
+
+CONDITIONS = ("none", "random", "retrieved", "oracle")
+TOGETHER = 16  # prompts of one length read at once
+RESAMPLES = 2000
+UNSCORED = -100
+TIE = 1e-6  # nats a token: nearer than this is rounding
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model makes of one prompt: the mean log probability a token of each choice, and what it writes itself, greedily."""
+
+    scores: tuple[float, ...]
+    text: str
+
+
+def question_answering(
+    model: nn.Module | NGram,
+    tokenizer: Tokenizer,
+    index: Index,
+    questions: Sequence[Question],
+    params: EvaluateParams,
+    conditions: Sequence[str] = CONDITIONS,
+    progress: Progress = quiet,
+) -> dict[str, dict[str, float]]:
+    """For each condition: accuracy with the ends of its 95% bootstrap interval, f1 and exact_match of the written answer, and n.
+
+    `progress` is told of every prompt done. Raises ValueError for a model that has no cache, or a condition that is none of CONDITIONS.
+    """
+    if isinstance(model, NGram) or not getattr(model, "supports_cache", False):
+        raise ValueError(f"{type(model).__name__} keeps no keys and values, so it cannot be asked; ask a gpt or llama rung")
+    choices = [[_ids(tokenizer, choice) for choice in question.choices] for question in questions]
+    room = context_of(model) - max(params.answer_tokens, max(len(ids) for offered in choices for ids in offered))
+    results: dict[str, dict[str, float]] = {}
+    for condition in conditions:
+        prompts = [
+            render(question_messages(question.question, fit_passages(question.question, texts, tokenizer, room)), tokenizer, prompt=True)[0]
+            for question, texts in zip(questions, passages_for(condition, questions, index, params), strict=True)
+        ]
+        results[condition] = graded(questions, replies(model, tokenizer, prompts, choices, params.answer_tokens, progress), params.seed)
+    return results
+
+
+def retrieval_quality(index: Index, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """For each way to search: how often the right document is first, or among five (recall_at_1, recall_at_5), and the mean of 1 / rank."""
+    return {mode: _rank_means(ranks_of_answers(index, questions, mode)) for mode in get_args(Mode)}
+
+
+def ranks_of_answers(index: Index, questions: Sequence[Question], mode: Mode) -> list[int]:
+    """The rank from 1 of the first passage of each question's document, 0 where it is not among the first hundred."""
+    found = index.search_all([question.question for question in questions], DEPTH, mode)
+    return [
+        next((hit.rank for hit in hits if hit.passage.document == question.document), 0)
+        for question, hits in zip(questions, found, strict=True)
+    ]
+
+
+def passages_for(condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams) -> list[list[str]]:
+    """What is put before each question, best first. A random passage is another question's, so it is of the same making."""
+    if condition == "none":
+        return [[] for _ in questions]
+    if condition == "random":
+        return [[text] for text in _strangers(questions, params.seed)]
+    if condition == "oracle":
+        return [[question.passage] for question in questions]
+    if condition == "retrieved":
+        found = index.search_all([question.question for question in questions], params.passages)
+        return [[hit.passage.text for hit in hits] for hits in found]
+    raise ValueError(f"no condition '{condition}'; there is {', '.join(CONDITIONS)}")
+
+
+def replies(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    choices: Sequence[Sequence[list[int]]],
+    answer_tokens: int,
+    progress: Progress = quiet,
+) -> list[Reply]:
+    """What `model` makes of each prompt, `choices` being token ids that end in <|end|>, as many for every prompt."""
+    made: dict[int, Reply] = {}
+    ends = frozenset(tokenizer.special.values())
+    for places in _alike([len(prompt) for prompt in prompts]):
+        scores, written = _read(model, [prompts[place] for place in places], [choices[place] for place in places], answer_tokens, ends)
+        for place, row, ids in zip(places, scores.tolist(), written, strict=True):
+            made[place] = Reply(tuple(row), tokenizer.decode(ids).strip())
+        progress(len(places))
+    return [made[place] for place in range(len(prompts))]
+
+
+def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int) -> dict[str, float]:
+    """The means over all questions. A tie between choices counts as its chance, so a model that cannot tell them apart has just that."""
+    credits = np.array([_credit(question, reply.scores) for question, reply in zip(questions, found, strict=True)])
+    low, high = bootstrap_interval(credits, seed)
+    pairs = [(reply.text, question.answer) for question, reply in zip(questions, found, strict=True)]
+    return {
+        "accuracy": float(credits.mean()),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "f1": float(np.mean([token_f1(*pair) for pair in pairs])),
+        "exact_match": float(np.mean([exact_match(*pair) for pair in pairs])),
+        "n": len(questions),
+    }
+
+
+def bootstrap_interval(values: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    """Where the mean of `values` lies in 95% of 2,000 resamples with replacement (Efron's percentile interval)."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+@torch.inference_mode()
+def _read(
+    model: nn.Module, prompts: list[list[int]], choices: list[Sequence[list[int]]], answer_tokens: int, ends: Collection[int]
+) -> tuple[Tensor, list[list[int]]]:
+    """Prompts (Q, T) to the score of each choice (Q, C), and the greedy answers."""
+    read = KVCache.of(model, len(prompts[0]) + answer_tokens, batch=len(prompts))
+    device = read.keys.device
+    offered = [torch.tensor(ids, device=device) for row in choices for ids in row]
+    each = len(offered) // len(prompts)
+    with evaluating(model):
+        after = model(torch.tensor(prompts, device=device), read)[:, -1]
+        scores = _mean_log_probability(
+            model, after.repeat_interleave(each, 0), _branched(model, read, each, max(map(len, offered))), offered
+        )
+        return scores.view(len(prompts), each), _greedy(model, after, read, answer_tokens, ends)
+
+
+def _branched(model: nn.Module, read: KVCache, each: int, room: int) -> KVCache:
+    """Every row of `read` `each` times, side by side, with room for that many more tokens."""
+    length = read.length
+    branches = KVCache.of(model, length + room, batch=read.keys.size(1) * each)
+    branches.keys[:, :, :, :length] = read.keys[:, :, :, :length].repeat_interleave(each, 1)
+    branches.values[:, :, :, :length] = read.values[:, :, :, :length].repeat_interleave(each, 1)
+    branches.length = length
+    return branches
+
+
+def _mean_log_probability(model: nn.Module, after: Tensor, read: KVCache, offered: list[Tensor]) -> Tensor:
+    """Of each text that is offered, behind its row of what was read. Padding is on the right, where no scored token looks."""
+    targets = pad_sequence(offered, batch_first=True, padding_value=UNSCORED)
+    later = model(targets[:, :-1].clamp(min=0), read)
+    logits = torch.cat((after[:, None], later), 1).float()
+    nats = cross_entropy(logits.transpose(1, 2), targets, ignore_index=UNSCORED, reduction="none")
+    return -nats.sum(1) / (targets != UNSCORED).sum(1)
+
+
+def _greedy(model: nn.Module, after: Tensor, read: KVCache, most: int, ends: Collection[int]) -> list[list[int]]:
+    """The likeliest token again and again, until each row has come to an end or has `most` of them."""
+    written: list[list[int]] = [[] for _ in after]
+    going = set(range(len(written)))
+    for _ in range(most):
+        tokens = after.argmax(-1)
+        for row, token in enumerate(tokens.tolist()):
+            if token in ends:
+                going.discard(row)
+            elif row in going:
+                written[row].append(token)
+        if not going:
+            break
+        after = model(tokens[:, None], read)[:, -1]
+    return written
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of equal length, in groups that are read at once: no padding on the left, so positions are those of a lone prompt."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, length in enumerate(lengths):
+        groups[length].append(place)
+    for places in groups.values():
+        yield from (places[start : start + TOGETHER] for start in range(0, len(places), TOGETHER))
+
+
+def _ids(tokenizer: Tokenizer, choice: str) -> list[int]:
+    """A choice as the assistant's whole answer."""
+    return [*tokenizer.encode(choice), tokenizer.special[END_OF_TURN]]
+
+
+def _credit(question: Question, scores: Sequence[float]) -> float:
+    best = [choice for choice, score in zip(question.choices, scores, strict=True) if max(scores) - score <= TIE]
+    return float(question.answer in best) / len(best)
+
+
+def _strangers(questions: Sequence[Question], seed: int) -> list[str]:
+    """For each question the passage of the next one about another document, in a random order of all."""
+    order = np.random.default_rng(seed).permutation(len(questions)).tolist()
+    chosen: dict[int, str] = {}
+    for turn, place in enumerate(order):
+        others = (questions[other] for other in order[turn + 1 :] + order[:turn])
+        stranger = next((other for other in others if other.document != questions[place].document), None)
+        if stranger is None:
+            raise ValueError("random passages come from other documents, but all questions are about one; ask about two or more")
+        chosen[place] = stranger.passage
+    return [chosen[place] for place in range(len(questions))]
+
+
+def _rank_means(ranks: Sequence[int]) -> dict[str, float]:
+    found = np.array(ranks, dtype=np.float64)
+    return {
+        "recall_at_1": float(np.mean(found == 1)),
+        "recall_at_5": float(np.mean((found >= 1) & (found <= 5))),
+        "mrr": float(np.mean(np.divide(1, found, out=np.zeros_like(found), where=found > 0))),
+    }

@@ -1,0 +1,182 @@
+"""Supervised fine-tuning: the same next-token loss, on conversations, counted on the answers only.
+
+Nothing is new but the batches: a question and its passages are read, not learned, so their targets are masked. What it cannot do is say
+which of two answers is better; the preference methods do. It trains every weight; `lora` trains a few.
+
+Shapes: B conversations, T tokens of the longest in the batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llm_from_scratch.data.chat import ChatRecord
+from llm_from_scratch.model.registry import save_model
+from llm_from_scratch.model.rung import Rung
+from llm_from_scratch.tokenizer.base import END_OF_TURN, Tokenizer
+from llm_from_scratch.tokenizer.chat import render
+from llm_from_scratch.training.loop import Batch, Batches, Loss, next_token
+from llm_from_scratch.training.plan import Plan
+
+UNSCORED = -100  # what torch's cross-entropy ignores
+POOL = 32  # batches that are sorted by length together: enough for little padding, few enough to stay well mixed
+SHORTEST_PASSAGE = 16  # tokens; a passage cut below this says nothing
+
+
+class Finetune(Plan):
+    """What every method is told: the plan of training, the bundle it starts from, the corpus of its records, and what to measure."""
+
+    model: str
+    records: str
+    questions: Annotated[int, Field(ge=1)]
+    samples: Annotated[int, Field(ge=0)]
+
+
+class SftParams(Finetune):
+    """Fine-tuning of all weights."""
+
+    method: Literal["sft"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Conversations as (inputs, targets), each (T,) int64; how many lost the end of a passage, and how many had no room at all.
+
+    `end` ends a message and `eot` a document; the latter also fills up the shorter rows of a batch, unscored.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]]
+    cut: int
+    skipped: int
+    eot: int
+    end: int
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many targets are scored."""
+        return sum(int((targets != UNSCORED).sum()) for _, targets in self.pairs)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method hands to `fit` (`model`, `batches`, `loss`), and what is to be done once that ended.
+
+    `plain` gives the trained model as a rung of the ladder, `save` writes it into a folder as a bundle of `kind`; it is told where the
+    bundle that it started from is.
+    """
+
+    model: nn.Module
+    batches: Batches
+    loss: Loss
+    kind: Literal["model", "adapter"]
+    plain: Callable[[], Rung]
+    save: Callable[[Path, str], None]
+
+
+def job(model: Rung, examples: Examples, params: SftParams) -> Job:
+    """All weights, next-token loss."""
+    return Job(
+        model=model,
+        batches=chat_batches(examples, params.batch, params.seed),
+        loss=next_token,
+        kind="model",
+        plain=lambda: model,
+        save=lambda folder, base: save_model(model, folder, examples.eot, examples.end),
+    )
+
+
+def encode_records(records: Sequence[ChatRecord], tokenizer: Tokenizer, context: int) -> Examples:
+    """Each record as one row of at most `context` tokens. A longer one loses the end of its system message, or, without one, is skipped.
+
+    Raises ValueError when no record fits.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    cut = 0
+    for record in records:
+        ids, scored = render(record["messages"], tokenizer, prompt=False)
+        excess = len(ids) - 1 - context
+        if excess > 0:
+            if not _shorten_passage(ids, scored, excess, tokenizer.special):
+                continue
+            cut += 1
+        pairs.append(_shifted(ids, scored))
+    if not pairs:
+        raise ValueError(f"none of {len(records)} chat records fits a context of {context} tokens; give more, or raise finetune.*.context")
+    return Examples(pairs, cut, len(records) - len(pairs), tokenizer.eot, tokenizer.special[END_OF_TURN])
+
+
+def chat_batches(examples: Examples, batch: int, seed: int) -> Batches:
+    """The batch of a step: (inputs, targets), each (B, T), conversations of like length together.
+
+    Every epoch shows each conversation once, in an order drawn from (seed, epoch), so a step's batch depends on nothing before it.
+    """
+    lengths = [len(inputs) for inputs, _ in examples.pairs]
+    per_epoch = -(-len(lengths) // batch)
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> list[list[int]]:
+        return _length_sorted(lengths, batch, random.Random(f"{seed}:{epoch}"))
+
+    def at(step: int) -> Batch:
+        epoch, place = divmod(step, per_epoch)
+        return _stack([examples.pairs[index] for index in order(epoch)[place]], examples.eot)
+
+    return at
+
+
+@torch.no_grad()
+def answer_loss(model: nn.Module, examples: Examples, batch: int) -> float:
+    """Nats per answer token over all of `examples`. The model's mode (train, eval) is left as found."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    ordered = sorted(examples.pairs, key=lambda pair: len(pair[0]))
+    nats = 0.0
+    for start in range(0, len(ordered), batch):
+        inputs, targets = _stack(ordered[start : start + batch], examples.eot)
+        logits = model(inputs.to(device)).float()
+        nats += float(functional.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), ignore_index=UNSCORED, reduction="sum"))
+    model.train(was_training)
+    return nats / examples.answer_tokens
+
+
+def _shifted(ids: Sequence[int], scored: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    row, mask = torch.tensor(ids), torch.tensor(scored)
+    return row[:-1], row[1:].masked_fill(~mask[1:], UNSCORED)
+
+
+def _shorten_passage(ids: list[int], scored: list[bool], excess: int, special: dict[str, int]) -> bool:
+    """Take `excess` tokens off the end of a leading system message, in place; false where there is none with that much to give."""
+    if ids[0] != special["<|system|>"]:
+        return False
+    end = ids.index(special[END_OF_TURN])
+    if end - 1 - excess < SHORTEST_PASSAGE:
+        return False
+    del ids[end - excess : end], scored[end - excess : end]
+    return True
+
+
+def _length_sorted(lengths: Sequence[int], batch: int, rng: random.Random) -> list[list[int]]:
+    shuffled = list(range(len(lengths)))
+    rng.shuffle(shuffled)
+    batches: list[list[int]] = []
+    for start in range(0, len(shuffled), batch * POOL):
+        pool = sorted(shuffled[start : start + batch * POOL], key=lengths.__getitem__)
+        batches += [pool[place : place + batch] for place in range(0, len(pool), batch)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _stack(pairs: Sequence[tuple[Tensor, Tensor]], pad: int) -> Batch:
+    inputs = nn.utils.rnn.pad_sequence([inputs for inputs, _ in pairs], batch_first=True, padding_value=pad)
+    targets = nn.utils.rnn.pad_sequence([targets for _, targets in pairs], batch_first=True, padding_value=UNSCORED)
+    return inputs, targets

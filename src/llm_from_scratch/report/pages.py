@@ -1,0 +1,40 @@
+"""Pages from templates: the report, the weeks, the cards, and the marked blocks of README.md. Their numbers come from metrics.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+BLOCK = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
+
+
+def environment() -> Environment:
+    """The project's templates; a name that the numbers do not have is an error, never a blank."""
+    made = Environment(
+        loader=PackageLoader("llm_from_scratch.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    made.filters["percent"] = lambda value, digits=1: f"{100 * value:.{digits}f}%"
+    made.filters["number"] = lambda value: f"{value:,.0f}"
+    made.filters["fixed"] = lambda value, digits=3: f"{value:.{digits}f}"
+    made.filters["fenced"] = lambda text: "```text\n" + text.strip("\n").replace("```", "'''") + "\n```"
+    return made
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """One page. Raises jinja2.UndefinedError naming a number the run does not have."""
+    return environment().get_template(template).render(values).rstrip() + "\n"
+
+
+def write_page(path: Path, template: str, values: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(template, values), encoding="utf-8")
+    return path
+
+
+def fill_blocks(text: str, fill: Callable[[str], str]) -> str:
+    """`text` with what stands between `<!-- begin NAME -->` and `<!-- end NAME -->` replaced by `fill(NAME)`."""
+    return BLOCK.sub(lambda found: f"{found[1]}{fill(found['name']).rstrip()}\n{found[3]}", text)

@@ -1,0 +1,39 @@
+"""What goes wrong, in the shape that OpenAI's clients read: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class ErrorFields(TypedDict):
+    """The inside of an error body. `param` is the request's field at fault, `code` a name that programs can rely on."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ApiError(Exception):
+    """A request that gets no answer. `status` is HTTP's; `retry_after` seconds is for those worth sending again."""
+
+    def __init__(self, status: int, message: str, code: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    @property
+    def kind(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+    def body(self) -> dict[str, ErrorFields]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}

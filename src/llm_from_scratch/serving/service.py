@@ -1,0 +1,59 @@
+"""The BentoML service: a packaged model, opened once, behind the API of `app`. Nothing is decided here.
+
+One worker, as the model answers one request at a time. BentoML itself brings /readyz (200 once the model is open), /livez and /metrics.
+Importing this module reads the arguments of the Bento that is being served.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import bentoml
+import torch
+from pydantic import BaseModel
+
+from llm_from_scratch.bundle import BundleError
+from llm_from_scratch.serving.app import create_app
+from llm_from_scratch.serving.limits import LONGEST_DEADLINE
+from llm_from_scratch.serving.responder import Responder, check_package
+
+
+class Arguments(BaseModel):
+    """`bentoml build --arg model=…` puts the exact model into the Bento.
+
+    Without it a Bento names what is latest wherever it is served: BentoML pins Hugging Face's models, not those of its own store.
+    """
+
+    model: str = "llm_from_scratch:latest"
+
+
+arguments = bentoml.use_arguments(Arguments)
+app = create_app()
+
+
+def check_model() -> None:
+    """Before anything listens: a worker that cannot open its model would be started again and again."""
+    try:
+        check_package(Path(bentoml.models.get(arguments.model).path))
+    except BundleError as error:
+        raise bentoml.exceptions.BentoMLException(str(error)) from None
+
+
+@bentoml.service(
+    name="language_model",
+    workers=1,
+    http={"host": "127.0.0.1", "port": 3000},
+    traffic={"timeout": LONGEST_DEADLINE + 60},
+    envs=[{"name": "OMP_WAIT_POLICY", "value": "PASSIVE"}],  # idle threads that spin cost the others half their speed
+)
+@bentoml.asgi_app(app)
+class LanguageModel:
+    """A language model with OpenAI's API at /v1, and POST /ask for answers with citations."""
+
+    model = bentoml.models.BentoModel(arguments.model)
+    check = bentoml.on_deployment(check_model)
+
+    def __init__(self) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        app.state.responder = Responder.open(Path(self.model.path))

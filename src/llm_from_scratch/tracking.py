@@ -1,0 +1,234 @@
+"""What happened, in MLflow: one experiment, a parent run a rebuild, a nested run a stage, and a registry of finished models.
+
+The only module that imports mlflow. It points at artifacts by digest and never stores a second copy of weights. With no tracking URI
+every function here is silent, and where MLflow fails in mid-run the build goes on and says so once.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    from mlflow.entities.model_registry import ModelVersion
+
+EXPERIMENT = "llm-from-scratch"
+CHAMPION = "champion"
+BATCH = 200  # metrics written at once: one call to sqlite costs some 40 ms however many it carries
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output."""
+
+    uri: str = ""
+    rebuild: str = ""
+    revision: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+_connection = Connection()
+
+
+def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str]) -> None:
+    """Say once, at the start of a process, where runs go. A sqlite file's folder is made."""
+    global _connection
+    _connection = Connection(uri, rebuild, revision, digests)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+
+
+def quiet(step: int, metrics: Mapping[str, float]) -> None:
+    """The log of somebody who keeps none."""
+
+
+@contextmanager
+def stage_run(stage: str, name: str, params: Mapping[str, Any], reads: Sequence[str] = ()) -> Iterator[Log]:
+    """A nested run for one node of the graph; yields its log. `reads` are the outputs of other nodes that it stands on, as in dvc.yaml."""
+    if not _connection.uri:
+        yield quiet
+        return
+    run = _Run()
+    run.start(f"{stage}@{name}" if name else stage, stage, params, reads)
+    try:
+        yield run.log
+    except BaseException:
+        run.end("FAILED")
+        raise
+    run.end("FINISHED")
+
+
+def log_files(stage: str, files: Sequence[Path]) -> None:
+    """Attach small files (a report, its figures) to this rebuild's parent run."""
+    if _connection.uri:
+        _attempt(lambda: [_client().log_artifact(_parent(_client()), str(path), stage) for path in files])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished bundle to be a version of a registered model: its card, digest, and the numbers a rule may read."""
+
+    name: str
+    folder: Path
+    digest: str
+    card: str
+    metrics: Mapping[str, float]
+    facts: Mapping[str, str]
+
+
+def register(candidate: Candidate) -> str:
+    """The version number of `candidate`, made if no version has its digest yet; the card becomes its description."""
+    client = _client()
+    _ensure_model(client, candidate)
+    for version in client.search_model_versions(f"name = '{candidate.name}'"):
+        if version.tags.get("digest") == candidate.digest:
+            return str(version.version)
+    tags = {
+        "digest": candidate.digest,
+        "revision": _connection.revision,
+        "rebuild": _connection.rebuild,
+        **{f"metric.{key}": repr(value) for key, value in candidate.metrics.items()},
+        **candidate.facts,
+    }
+    made = client.create_model_version(
+        candidate.name, source=candidate.folder.resolve().as_uri(), run_id=_parent(client), tags=tags, description=candidate.card
+    )
+    return str(made.version)
+
+
+def promote(name: str, number: str, metric: str, minimum_gain: float) -> bool:
+    """Move the champion alias to version `number` if its `metric` is lower than the champion's by `minimum_gain`; say whether it moved."""
+    client = _client()
+    champion = champion_of(name)
+    if champion is not None:
+        held, offered = (float(version.tags[f"metric.{metric}"]) for version in (champion, client.get_model_version(name, number)))
+        if champion.version == number or held - offered < minimum_gain:
+            return False
+    client.set_registered_model_alias(name, CHAMPION, number)
+    return True
+
+
+def champion_of(name: str) -> ModelVersion | None:
+    """The version of `name` that the champion alias points at, if there is one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _client().get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return None
+
+
+class _Run:
+    """One nested run, its metrics buffered. Whatever fails in MLflow is said once and does not stop the work."""
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.pending: list[Metric] = []
+
+    def start(self, title: str, stage: str, params: Mapping[str, Any], reads: Sequence[str]) -> None:
+        def begin() -> None:
+            client = _client()
+            tags = {"mlflow.parentRunId": _parent(client), "stage": stage, "rebuild": _connection.rebuild, "revision": _connection.revision}
+            self.id = client.create_run(_experiment(client), run_name=title, tags=tags).info.run_id
+            client.log_batch(self.id, params=_flat_params(params))
+            _log_inputs(client, self.id, reads)
+
+        _attempt(begin)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.id:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            self.pending += [Metric(key, float(value), now, step) for key, value in metrics.items()]
+            if len(self.pending) >= BATCH:
+                self.flush()
+
+    def flush(self) -> None:
+        batch, self.pending = self.pending, []
+        _attempt(lambda: _client().log_batch(self.id, metrics=batch))
+
+    def end(self, status: str) -> None:
+        if self.id:
+            self.flush()
+            _attempt(lambda: _client().set_terminated(self.id, status))
+
+
+def _attempt(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the build may not
+        warnings.warn(f"MLflow did not take this ({type(error).__name__}: {str(error)[:200]}); the build goes on", stacklevel=2)
+
+
+def _client() -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=_connection.uri, registry_uri=_connection.uri)
+
+
+def _experiment(client: MlflowClient) -> str:
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return str(found.experiment_id)
+    place = None
+    if _connection.uri.startswith("sqlite:///"):
+        place = (Path(_connection.uri.removeprefix("sqlite:///")).resolve().parent / "mlruns").as_uri()
+    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+
+
+def _parent(client: MlflowClient) -> str:
+    """The run that stands for this rebuild, made by whichever stage comes first."""
+    experiment = _experiment(client)
+    found = client.search_runs([experiment], f"tags.rebuild = '{_connection.rebuild}' and tags.level = 'rebuild'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    tags = {"level": "rebuild", "rebuild": _connection.rebuild, "revision": _connection.revision}
+    run = client.create_run(experiment, run_name=f"rebuild {_connection.rebuild}", tags=tags)
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _flat_params(params: Mapping[str, Any], prefix: str = "") -> list[Any]:
+    from mlflow.entities import Param
+
+    flat: list[Any] = []
+    for key, value in params.items():
+        flat += _flat_params(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [Param(prefix + key, str(value)[:500])]
+    return flat
+
+
+def _log_inputs(client: MlflowClient, run: str, reads: Sequence[str]) -> None:
+    """Each output that the stage reads, as a dataset whose digest is DVC's."""
+    import json
+
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            Dataset(path, _connection.digests[path].removesuffix(".dir"), "local", json.dumps({"uri": path})),
+            [InputTag("mlflow.data.context", "input")],
+        )
+        for path in reads
+        if path in _connection.digests
+    ]
+    if inputs:
+        client.log_inputs(run, inputs)
+
+
+def _ensure_model(client: MlflowClient, candidate: Candidate) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(candidate.name)
+    except MlflowException:
+        client.create_registered_model(candidate.name)
+    client.update_registered_model(candidate.name, candidate.card)

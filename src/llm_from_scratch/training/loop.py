@@ -1,0 +1,241 @@
+"""The loop: a batch, a loss, a step, again. Every neural rung and every fine-tuning method is trained by this one `fit`.
+
+What differs comes in as a value: the batches (a function of the step), the loss (a function of model and batch) and the plan.
+What a run shows goes out through `log`; what it must not lose goes into a `Journal`. It runs on one device.
+
+Shapes: B batch, T context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from llm_from_scratch.training.optimizer import Optimizer, build
+from llm_from_scratch.training.plan import Plan
+from llm_from_scratch.training.precision import Arithmetic, arithmetic
+from llm_from_scratch.training.resume import Journal, Saved, capture, restore
+from llm_from_scratch.training.schedule import share
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64; a target of -100 is not scored
+Batches = Callable[[int], Batch]  # the batch of a step
+Loss = Callable[[nn.Module, Batch], Tensor]
+Log = Callable[[int, Mapping[str, float]], None]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+LOG_EVERY = 20
+CURVE = ("step", "train_loss", "val_loss", "val_bpb", "learning_rate")
+
+
+def quiet(step: int, metrics: Mapping[str, float]) -> None:
+    """The default log: a library has nothing to say to a terminal."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished run. `tokens` and `seconds` are those of all its steps, evaluation not counted, also where it was resumed (at
+    step `resumed_at`, else 0); `curve` holds every row that was logged."""
+
+    tokens: int
+    seconds: float
+    resumed_at: int
+    curve: list[dict[str, float]]
+
+    @property
+    def tok_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    plan: Plan,
+    log: Log = quiet,
+    journal: Journal | None = None,
+    evaluate: Evaluate | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Fitted:
+    """Train `model` in place for `plan.steps` steps and leave it in evaluation mode, going on from the journal's last save if it has one.
+
+    On a CPU a run that was killed and resumed ends in the same bits as one that was not. `progress` draws a line where stderr is a
+    terminal. Raises ValueError when the loss or the gradient is no longer finite; the weights are then those before that step.
+    """
+    model.to(device)
+    with _own_randomness(plan.seed, torch.device(device)), arithmetic(plan.precision, torch.device(device)) as numbers:
+        run = _Run(model, loss, plan, build(model, plan), numbers, torch.device(device), log, journal)
+        resumed_at = run.resume()
+        model.train()
+        steps = range(resumed_at, plan.steps)
+        try:
+            with tqdm(steps, "train", plan.steps, initial=resumed_at, disable=None if progress else True) as bar:
+                for step in bar:
+                    run.advance(batches(step))
+                    if run.reports_now():
+                        bar.set_postfix(loss=f"{run.report(evaluate)['train_loss']:.3f}")
+                    if run.saves_now():
+                        run.save()
+        finally:
+            if journal is not None:
+                journal.settle()
+    model.eval()
+    return Fitted(run.state.tokens, run.state.seconds, resumed_at, run.state.curve)
+
+
+def next_token(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a language model: mean nats per scored target."""
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
+def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
+    """The curve as CSV, a row a log point, empty where nothing was measured."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, CURVE, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(curve)
+
+
+@dataclass
+class _State:
+    """Where a run stands, beside its tensors: totals, the curve, and what was measured since its last row."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    reported_tokens: int = 0
+    reported_seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """The parts of one `fit`, and its state between steps."""
+
+    model: nn.Module
+    loss: Loss
+    plan: Plan
+    optimizer: Optimizer
+    numbers: Arithmetic
+    device: torch.device
+    log: Log
+    journal: Journal | None
+    state: _State = field(default_factory=_State)
+
+    def resume(self) -> int:
+        """Go back to the journal's last save; the step it was made after, 0 without one."""
+        saved = self.journal.latest() if self.journal is not None else None
+        if saved is not None:
+            restore(saved.tensors, self.model, self.optimizer)
+            self.numbers.scaler.load_state_dict(saved.facts["scaler"])
+            self.state = _State(**saved.facts["state"])
+        return self.state.step
+
+    def save(self) -> None:
+        if self.journal is not None:
+            facts = {"state": asdict(self.state), "scaler": self.numbers.scaler.state_dict()}
+            self.journal.save(Saved(self.state.step, capture(self.model, self.optimizer), facts))
+
+    def advance(self, batch: Batch) -> None:
+        """One optimizer step, timed."""
+        started = perf_counter()
+        self.optimizer.scale(share(self.state.step, self.plan))
+        value = self.accumulate(batch)
+        norm = self.clip()
+        scaler = self.numbers.scaler
+        scaler.step(cast(torch.optim.Optimizer, self.optimizer))  # it wants step() and param_groups, which ours has
+        scaler.update()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.losses.append(value)
+        self.state.norms.append(norm)
+        self.state.tokens += batch[0].numel()
+        self.state.seconds += perf_counter() - started
+
+    def accumulate(self, batch: Batch) -> float:
+        """Add the gradients of `batch` to those there are; its loss."""
+        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        with self.numbers.autocast():
+            loss = self.loss(self.model, (inputs, targets))
+        value = loss.item()
+        self.require_finite("loss", value)
+        self.numbers.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return value
+
+    def clip(self) -> float:
+        """Shorten the gradient to `plan.clip`; its norm before. One that overflowed in fp16 passes: the scaler skips its step."""
+        scaler = self.numbers.scaler
+        scaler.unscale_(cast(torch.optim.Optimizer, self.optimizer))
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.clip_grad_norm_(weights, self.plan.clip).item()
+        if not scaler.is_enabled():
+            self.require_finite("gradient norm", norm)
+        return norm
+
+    def require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad()
+            self.save()
+            kept = f"; the state before it is in {self.journal.folder}" if self.journal is not None else ""
+            raise ValueError(
+                f"step {self.state.step + 1}: the {what} is {value}, wanted a finite number{kept}; "
+                f"lower learning_rate ({self.plan.learning_rate}) or embedding_learning_rate ({self.plan.embedding_learning_rate})"
+            )
+
+    def reports_now(self) -> bool:
+        return self.state.step % LOG_EVERY == 0 or self.evaluates_now()
+
+    def evaluates_now(self) -> bool:
+        return self.state.step % self.plan.evaluate_every == 0 or self.state.step == self.plan.steps
+
+    def saves_now(self) -> bool:
+        return self.state.step % self.plan.checkpoint_every == 0 or self.state.step == self.plan.steps
+
+    def report(self, evaluate: Evaluate | None) -> dict[str, float]:
+        """One row of the curve: means since the row before, and what `evaluate` finds when it is due. Infinities are left out."""
+        state = self.state
+        row = {
+            "train_loss": fmean(state.losses),
+            "grad_norm": fmean(state.norms),
+            "learning_rate": self.plan.learning_rate * share(state.step - 1, self.plan),
+            "tok_per_s": (state.tokens - state.reported_tokens) / (state.seconds - state.reported_seconds),
+        }
+        if evaluate is not None and self.evaluates_now():
+            row |= self.look(evaluate)
+        row = {name: float(value) for name, value in row.items() if math.isfinite(value)}
+        self.log(state.step, row)
+        state.curve.append({"step": state.step, **row})
+        state.losses, state.norms = [], []
+        state.reported_tokens, state.reported_seconds = state.tokens, state.seconds
+        return row
+
+    def look(self, evaluate: Evaluate) -> Mapping[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            found = evaluate(self.model)
+        self.model.train()
+        return found
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators seeded for a run, and given back to the caller as they were."""
+    cards = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cards):
+        torch.manual_seed(seed)
+        yield

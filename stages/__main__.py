@@ -1,0 +1,91 @@
+"""One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
+
+Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of dvc.yaml.")
+    parser.add_argument("stage", choices=STAGES, help="what to do")
+    parser.add_argument("name", nargs="?", default="", help="which entry of the stage's section in params.yaml")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (default: params.yaml)")
+    arguments = parser.parse_args()
+    quiet_threads()
+    try:
+        run(arguments.stage, arguments.name, arguments.params)
+    except (ValueError, OSError) as error:
+        print(f"{arguments.stage} {arguments.name}: {error}".replace(" :", ":"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{arguments.stage} {arguments.name}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def quiet_threads() -> None:
+    """Waiting threads sleep instead of spinning: on two cores a spinning one halves the other. Must precede torch's import."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run(stage: str, name: str, params_file: Path) -> None:
+    from importlib import import_module
+
+    from llm_from_scratch import config, tracking
+
+    root = params_file.resolve().parent
+    params = config.parse(read_yaml(params_file), params_file.name)
+    section = getattr(params, stage, None)
+    if isinstance(section, dict) and name not in section:
+        raise ValueError(f"no '{name}' in {params_file.name}; {stage} has {', '.join(section)}")
+    tracking.connect(
+        uri=os.environ.get("MLFLOW_TRACKING_URI", ""),
+        rebuild=os.environ.get("REBUILD_ID", "by-hand"),
+        revision=git_revision(root),
+        digests=dvc_digests(root),
+    )
+    import_module(f"stages.{stage}").run(params, name, root)
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """A YAML 1.2 mapping, so that 3e-4 is a number as it is for DVC. Raises ValueError with the line that is wrong."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise ValueError(f"{path.name}: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path.name}: expected a mapping of sections, got {tree!r}")
+    return tree
+
+
+def dvc_digests(root: Path) -> dict[str, str]:
+    """Path → DVC's digest of every finished output in dvc.lock, so that MLflow's datasets carry the same ones."""
+    lock = root / "dvc.lock"
+    stages = read_yaml(lock).get("stages", {}) if lock.exists() else {}
+    assert isinstance(stages, dict)
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
+
+
+def git_revision(root: Path) -> str:
+    """The commit of the code, with a mark where the tree differs from it; empty outside a repository."""
+    import subprocess
+
+    asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Everything above, gathered: metrics.json, figures, cards, weeks, the report, and the verdict on promotion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_from_scratch import bundle, tracking
+from llm_from_scratch.config import Params
+from llm_from_scratch.data.documents import read_documents
+from llm_from_scratch.data.questions import questions
+from llm_from_scratch.evaluation.heatmaps import attention_of
+from llm_from_scratch.evaluation.retrieval import question_answering
+from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.report import book, figures, gather
+from llm_from_scratch.retrieval.embed import Embedder
+from llm_from_scratch.retrieval.index import Index
+
+HEATMAPS = ("attention", "gpt")
+
+
+def run(params: Params, name: str, root: Path) -> None:
+    artifacts, reports = root / "artifacts", root / "reports"
+    models = [*params.train, *params.finetune, *params.quantize]
+    manifests = {model: bundle.verify(artifacts / "models" / model) for model in models}
+
+    with tracking.stage_run("evaluate", "", params.evaluate.model_dump(), [f"artifacts/models/{model}" for model in models]) as log:
+        answers, illustrated = ask(params, artifacts)
+        log(0, {f"rag_{condition}_accuracy": row["accuracy"] for condition, row in answers["rag"].items()})
+
+    metrics = measured(params, artifacts / "logs") | answers | {"digests": {model: made.digest for model, made in manifests.items()}}
+    gather.write(reports / "metrics.json", metrics)
+    draw(params, artifacts, reports / "figures", metrics)
+    story = book.Story(gather.rounded(metrics), params.model_dump(), manifests, samples(params, artifacts / "logs"), illustrated)
+    book.write(reports, story)
+    gather.write(reports / "verdict.json", verdict(params, metrics, manifests))
+
+
+def ask(params: Params, artifacts: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Held-out questions put to the served model with and without retrieval; its numbers, and some of its answers to look at."""
+    engine = Engine.open(artifacts / "models" / params.serve.model)
+    index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
+    held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
+    asked = questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed)
+    return question_answering(engine, index, asked, params.evaluate)
+
+
+def measured(params: Params, logs: Path) -> dict[str, Any]:
+    """What the stages before this one measured, under the keys of docs/metrics.md."""
+    ladder = gather.measurements(logs, "train", params.train)
+    return {
+        "data": gather.measurements(logs, "download", params.download.fetch),
+        "tokenize": gather.measurements(logs, "tokenize", params.tokenize),
+        "ladder": ladder,
+        "quantize": gather.measurements(logs, "quantize", params.quantize),
+        "finetune": gather.measurements(logs, "finetune", params.finetune),
+        "index": gather.single(logs, "index"),
+    }
+
+
+def draw(params: Params, artifacts: Path, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """The report's figures."""
+    shakespeare = {rung: row for rung, row in metrics["ladder"].items() if rung != "base"}
+    figures.ladder(folder, {rung: row["val_bpb"] for rung, row in shakespeare.items()}, honest="ngram")
+    curves = {rung: gather.curve(artifacts / "logs" / "train" / rung / "curve.csv") for rung in params.train if rung != "ngram"}
+    figures.loss_curves(folder, curves)
+    figures.quantization(folder, metrics["quantize"])
+    figures.question_answering(folder, metrics["rag"], chance=1 / params.evaluate.choices)
+    figures.token_lengths(folder, {name: row["bytes_per_token"] for name, row in metrics["tokenize"].items()})
+    for rung in HEATMAPS:
+        maps, tokens = attention_of(Engine.open(artifacts / "models" / rung), params.evaluate.heatmap_text)
+        figures.heatmaps(folder, rung, maps, tokens)
+
+
+def samples(params: Params, logs: Path) -> dict[str, str]:
+    """What each model wrote, as its stage left it."""
+    found = {model: logs / stage / model / "sample.txt" for stage in ("train", "quantize") for model in getattr(params, stage)}
+    texts = {model: path.read_text(encoding="utf-8") for model, path in found.items()}
+    answers = {model: json.loads((logs / "finetune" / model / "answers.json").read_text(encoding="utf-8")) for model in params.finetune}
+    return texts | answers
+
+
+def verdict(params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest]) -> dict[str, Any]:
+    """Which bundles may become versions, and the rule by which a champion alias moves; `pipelines promote` applies it."""
+    rows = metrics["ladder"] | metrics["finetune"] | metrics["quantize"]
+    chosen = ["base", *params.finetune, *params.quantize]
+    return {
+        "rule": {"metric": params.evaluate.promotion.metric, "minimum_gain": params.evaluate.promotion.minimum_gain},
+        "candidates": [
+            {
+                "name": f"llm-from-scratch-{model}",
+                "folder": f"artifacts/models/{model}",
+                "card": f"reports/cards/{model}.md",
+                "digest": manifests[model].digest,
+                "metrics": {key: value for key, value in rows[model].items() if isinstance(value, float)},
+                "facts": {"kind": manifests[model].kind, "made_by": manifests[model].made_by},
+                "fit": params.evaluate.promotion.metric in rows[model],
+            }
+            for model in chosen
+        ],
+    }

@@ -1,0 +1,121 @@
+"""A model becomes a smaller one: read, quantize, write, and measure what was written against what it was made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial as with_arguments
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from llm_from_scratch import bundle, tokenizer, tracking
+from llm_from_scratch.config import Params
+from llm_from_scratch.data.shards import Ids, open_shards
+from llm_from_scratch.evaluation.compare import compare
+from llm_from_scratch.evaluation.likelihood import score
+from llm_from_scratch.evaluation.speed import latency, size_mb
+from llm_from_scratch.inference.quantize import linear_mb, load_bundle, quantize, quantized_layers, save_quantized
+from llm_from_scratch.inference.sampling import Sampling, generate
+from llm_from_scratch.model import registry
+from llm_from_scratch.tokenizer import Tokenizer
+from llm_from_scratch.training.plan import NgramTrainParams, TrainParams
+
+PROMPT = 16
+BATCH = 8
+SAMPLE = Sampling(temperature=0.8, max_tokens=120, seed=1)  # the same draws for both, so what differs is the quantization's doing
+
+CARD = """\
+# {name}
+
+`{model}` with the {replaced_layers} linear layers of its blocks in {scheme} (bitsandbytes); embedding and head are as they were.
+
+Load it with `llm_from_scratch.inference.engine.Engine.open(folder)`, or with `transformers.AutoModelForCausalLM.from_pretrained(folder)`.
+What it is good for and what it is not stands in the card of `{model}`. What it was made from is in `manifest.json`.
+"""
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What both models are measured with: held-out ids, the tokenizer that spells them, and how much a window shows."""
+
+    held_out: Ids
+    words: Tokenizer
+    context: int
+
+
+def run(params: Params, name: str, root: Path) -> None:
+    """The folder that was written is opened again and measured, not the model in memory."""
+    entry = params.quantize[name]
+    rung = _rung(params, entry.model)
+    sources = [f"artifacts/models/{entry.model}", f"artifacts/tokens/{rung.tokens}"]
+    source, folder = root / sources[0], root / "artifacts/models" / name
+    origin = bundle.verify(source, "model")
+    ruler = _ruler(rung, source, root / sources[1])
+    plain = load_bundle(source)
+    assert isinstance(plain, nn.Module)
+
+    with bundle.writing(folder) as partial:
+        small = quantize(plain, entry.scheme)
+        save_quantized(small, source, partial)
+        facts = {
+            "architecture": type(plain).__name__.lower(),
+            "parameters": registry.parameters(plain),
+            "scheme": entry.scheme,
+            "replaced_layers": len(quantized_layers(small)),
+            "tokenizer_digest": tokenizer.digest(partial),
+        }
+        (partial / "README.md").write_text(CARD.format(name=name, model=entry.model, **facts), encoding="utf-8")
+        bundle.seal(partial, "quantized", f"quantize@{name}", {"model": origin.digest}, **facts)
+
+    written = load_bundle(folder)
+    assert isinstance(written, nn.Module)
+    with tracking.stage_run("quantize", name, entry.model_dump(), sources) as log:
+        metrics = measure(plain, written, ruler, params)
+        metrics |= {"size_mb": round(size_mb(folder), 3), "size_mb_fp32": round(size_mb(source), 3)}
+        log(0, metrics)
+
+    with bundle.writing(root / "artifacts/logs/quantize" / name) as partial:
+        (partial / "metrics.json").write_text(json.dumps(metrics | facts, indent=2) + "\n", encoding="utf-8")
+        samples = [f"{title}:\n{sample(model, ruler)}\n" for title, model in ((entry.model, plain), (name, written))]
+        (partial / "sample.txt").write_text("\n".join(samples), encoding="utf-8")
+
+
+def measure(plain: nn.Module, small: nn.Module, ruler: Ruler, params: Params) -> dict[str, float]:
+    """What quantizing gained in room and time, and what it cost in likelihood. Names ending in _fp32 are of the model before."""
+    metrics: dict[str, float] = {}
+    for ending, model in (("_fp32", plain), ("", small)):
+        progress = with_arguments(tqdm, desc=f"score{ending}", disable=None)
+        found = score(model, ruler.held_out, ruler.words.token_bytes(), ruler.context, BATCH, progress)
+        speed = latency(model, ruler.held_out[:PROMPT].tolist(), params.evaluate.latency_tokens, params.evaluate.latency_repeats)
+        row: dict[str, Any] = found.metrics() | {"p50_ms": round(speed.p50_ms, 3), "tok_per_s": round(speed.tok_per_s, 1)}
+        metrics |= {key + ending: value for key, value in row.items()}
+    agreement = compare(plain, small, ruler.held_out[: params.evaluate.kl_tokens], ruler.context, BATCH)
+    packed, unpacked = linear_mb(small)
+    return metrics | {"kl": agreement.kl, "top1": agreement.top1, "linear_mb": round(packed, 3), "linear_mb_fp32": round(unpacked, 3)}
+
+
+def sample(model: nn.Module, ruler: Ruler) -> str:
+    """The beginning of the held-out text and what the model makes of it."""
+    prompt = ruler.held_out[:PROMPT].tolist()
+    return ruler.words.decode(prompt + list(generate(model, prompt, SAMPLE, ruler.words.eot)))
+
+
+def _ruler(rung: TrainParams, source: Path, tokens: Path) -> Ruler:
+    """The same for every descendant of a rung, so that their numbers compare with its own."""
+    made_by = bundle.verify(tokens, "tokens").made_by
+    if tokenizer.digest(source) != tokenizer.digest(tokens):
+        raise ValueError(f"{source} has another tokenizer than {tokens}, which {made_by} made; dvc repro rebuilds what is stale")
+    return Ruler(open_shards(tokens).val[: rung.evaluate_tokens or None], tokenizer.load(tokens), rung.context)
+
+
+def _rung(params: Params, model: str) -> TrainParams:
+    """The rung that a model is, or was fine-tuned from. Raises ValueError for the n-gram."""
+    while model not in params.train:
+        model = params.finetune[model].model
+    rung = params.train[model]
+    if isinstance(rung, NgramTrainParams):
+        raise ValueError(f"quantize: {model} is an n-gram and has no linear layer; choose a gpt or a llama")
+    return rung

@@ -1,0 +1,20 @@
+"""After the graph: the marked blocks of README.md and SUMMARY.md, filled from reports/metrics.json. Not a node, as both lie outside its outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llm_from_scratch.config import Params
+from llm_from_scratch.report import book, pages
+
+
+def run(params: Params, name: str, root: Path) -> None:
+    metrics = json.loads((root / "reports" / "metrics.json").read_text(encoding="utf-8"))
+    values = book.Story(metrics, params.model_dump(), {}, {}, []).values()
+
+    readme = root / "README.md"
+    filled = pages.fill_blocks(readme.read_text(encoding="utf-8"), lambda block: pages.render(f"readme_{block}.md.j2", values))
+
+    readme.write_text(filled, encoding="utf-8")
+    pages.write_page(root / "SUMMARY.md", "summary.md.j2", values)

@@ -1,0 +1,361 @@
+"""Quantized models: what is packed, what is left alone, and that transformers reads what we write."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm_from_scratch import bundle, config
+from llm_from_scratch.bundle import BundleError, load_tensors, save_tensors
+from llm_from_scratch.config import Params
+from llm_from_scratch.data.shards import write_shards
+from llm_from_scratch.evaluation.compare import compare
+from llm_from_scratch.evaluation.speed import latency, size_mb, step_seconds
+from llm_from_scratch.inference.quantize import linear_mb, load_bundle, quantize, quantized_layers, save_quantized
+from llm_from_scratch.inference.sampling import Sampling, generate
+from llm_from_scratch.model.bigram import Bigram, BigramParams
+from llm_from_scratch.model.gpt import GptParams
+from llm_from_scratch.model.llama import LlamaParams
+from llm_from_scratch.model.registry import build, load_model, save_model
+from llm_from_scratch.model.rung import Rung
+from llm_from_scratch.tokenizer import BpeTokenizer
+from stages import quantize as stage
+from stages.__main__ import read_yaml
+
+VOCAB = 61
+EOT = 60
+SCHEMES = ("int8", "nf4")
+LLAMA = LlamaParams(
+    architecture="llama", context=32, width=64, layers=2, heads=4, kv_heads=2, hidden=128, rope_theta=10000.0, qk_norm=False
+)
+SHAPES = {
+    "llama": LLAMA,
+    "qwen3": LLAMA.model_copy(update={"qk_norm": True}),
+    "gpt2": GptParams(architecture="gpt", context=32, width=64, layers=2, heads=4, dropout=0.0),
+}
+
+
+def trained(shape: str) -> Rung:
+    """A model whose every weight matters: what starts at zero is drawn too."""
+    torch.manual_seed(3)
+    model = build(SHAPES[shape], VOCAB)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def plain(shape: str, tmp_path: Path) -> Path:
+    """A plain bundle on disk."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    save_model(trained(shape), folder, EOT)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+def written(source: Path, scheme: str) -> tuple[nn.Module, Path]:
+    """A quantized model and the folder it was saved to."""
+    model = quantize(load_model(source), scheme)
+    folder = source.with_name(scheme)
+    folder.mkdir()
+    save_quantized(model, source, folder)
+    return model, folder
+
+
+def ids_of(count: int) -> Tensor:
+    return torch.randint(0, VOCAB, (3, count), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_opens_the_folder_and_gives_our_logits(plain: Path, scheme: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, folder = written(plain, scheme)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(logits_of(model, ids_of(20)), theirs(ids_of(20)).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_file_is_byte_for_byte_what_transformers_would_have_written(plain: Path, scheme: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    asked = BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else BitsAndBytesConfig(load_in_4bit=True, **four_bits)
+    theirs = AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    _, ours = written(plain, scheme)
+
+    expected, found = load_tensors(tmp_path / "theirs" / "model.safetensors"), load_tensors(ours / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saving_and_loading_changes_nothing(plain: Path, scheme: str) -> None:
+    model, folder = written(plain, scheme)
+    again = load_bundle(folder)
+    assert isinstance(again, nn.Module)
+    assert not again.training
+    assert torch.equal(logits_of(again, ids_of(20)), logits_of(model, ids_of(20)))
+
+    second = folder.with_name("second")
+    second.mkdir()
+    save_quantized(again, folder, second)  # after a forward too, which moves int8's scales elsewhere in memory
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (second / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_int8_weight_is_a_whole_number_times_its_rows_scale(plain: Path) -> None:
+    import bitsandbytes as bnb
+
+    model, folder = written(plain, "int8")
+    tensors = load_tensors(folder / "model.safetensors")
+    originals = dict(load_model(plain).named_modules())
+    for name, layer in quantized_layers(model).items():
+        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.SCB"]
+        by_hand = weight * scale[:, None] * (1 / 127)
+        theirs = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scale)
+        assert torch.allclose(by_hand, theirs, rtol=1e-6, atol=0)
+        half_a_step = scale[:, None] / 127 / 2 + 1e-3 * by_hand.abs()  # weights pass through float16 on the way
+        assert ((originals[name].weight - by_hand).abs() <= half_a_step).all()
+
+
+def test_an_nf4_weight_is_a_level_times_a_scale_that_is_itself_quantized(plain: Path) -> None:
+    import bitsandbytes as bnb
+
+    model, folder = written(plain, "nf4")
+    tensors = load_tensors(folder / "model.safetensors")
+    for name, layer in quantized_layers(model).items():
+        packed = {key.removeprefix(f"{name}.weight"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.weight")}
+        offset = json.loads(bytes(packed[".quant_state.bitsandbytes__nf4"].tolist()))["nested_offset"]
+        levels = packed[".quant_map"][torch.cat((packed[""] >> 4, packed[""] & 15), 1).long()].view(-1, 64)
+        outer = packed[".nested_absmax"].repeat_interleave(256)[: len(levels)]
+        scales = packed[".nested_quant_map"][packed[".absmax"].long()] * outer + offset
+
+        by_hand = (levels * scales[:, None]).view(layer.out_features, layer.in_features)
+        assert torch.equal(by_hand, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_only_the_linear_layers_of_the_blocks_are_replaced_and_the_original_stays(shape: str, scheme: str) -> None:
+    model = trained(shape)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = quantize(model, scheme)
+
+    layers = quantized_layers(small)
+    assert len(layers) == 2 * (4 if shape == "gpt2" else 7)
+    untouched = {name for name in before if name.rpartition(".")[0] not in layers}
+    assert any("wte" in name or "embed_tokens" in name for name in untouched)
+    assert all(torch.equal(small.state_dict()[name], before[name]) for name in untouched)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nf4_refuses_rows_that_do_not_divide_into_its_blocks() -> None:
+    """bitsandbytes 0.50's CPU kernel unpacks them with their neighbours' scales: the weights came out wrong, and nothing said so."""
+    torch.manual_seed(0)
+    model = build(LLAMA.model_copy(update={"hidden": 96}), VOCAB)
+    with pytest.raises(ValueError, match="nf4 works on blocks of 64 weights and found 96 inputs; choose int8"):
+        quantize(model, "nf4")
+    assert quantized_layers(quantize(model, "int8"))
+
+
+def test_marks_that_peft_asks_for_are_set() -> None:
+    assert quantize(trained("llama"), "int8").is_loaded_in_8bit
+    assert quantize(trained("llama"), "nf4").is_loaded_in_4bit
+
+
+def test_megabytes_are_those_of_the_packed_tensors() -> None:
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)  # q and o, k and v, the three of the MLP, in two layers
+    rows = 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+    packed, unpacked = linear_mb(quantize(trained("llama"), "int8"))
+    assert unpacked == 4 * weights / 1e6
+    assert packed == (weights + 4 * rows + 14) / 1e6  # a byte a weight, a scale a row, a byte a layer that says "row by row"
+    assert linear_mb(quantize(trained("llama"), "nf4"))[0] > weights / 2 / 1e6
+
+
+def test_an_outlier_in_one_token_changes_how_int8_reads_the_others() -> None:
+    """Its column is taken out of the rounding for all tokens read together, so a step behind a cache is near, not equal."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=6.0).to("cpu").eval()
+    x = torch.randn(1, 4, 64).clamp(-3, 3)
+    calm = layer(x)
+    assert torch.equal(calm[:, :1], layer(x[:, :1]))
+    x[0, 3, 5] = 9.0
+    assert not torch.equal(layer(x)[:, :1], calm[:, :1])
+    assert torch.allclose(layer(x)[:, :1], calm[:, :1], atol=0.02)
+
+
+def test_int8_says_nothing_at_every_step(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes used to warn at every layer and token that float32 becomes float16."""
+    with caplog.at_level(logging.WARNING):
+        logits_of(quantize(trained("llama"), "int8"), ids_of(4))
+    assert not caplog.records
+
+
+def test_a_quantized_model_still_writes_and_stays_near_its_original() -> None:
+    model = trained("llama")
+    ids = ids_of(300).flatten().numpy()
+    eight, four = (compare(model, quantize(model, scheme), ids, context=32, batch=4) for scheme in SCHEMES)
+    assert 0 < eight.kl < four.kl < 0.2
+    assert 0.5 < four.top1 < eight.top1 < 1
+    new = list(generate(quantize(model, "nf4"), [1, 2, 3], Sampling(temperature=0, max_tokens=40), EOT))
+    assert 0 < len(new) <= 40  # past the context of 32 too, behind a cache
+    assert EOT not in new
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no linear layer inside the blocks of Bigram; only a plain gpt or llama"):
+        quantize(Bigram(BigramParams(architecture="bigram"), VOCAB), "int8")
+    with pytest.raises(ValueError, match="no linear layer"):
+        quantize(quantize(trained("llama"), "int8"), "nf4")
+
+
+@pytest.mark.parametrize(("scheme", "lost"), [("int8", "SCB"), ("nf4", "weight.absmax"), ("nf4", "weight.quant_state.bitsandbytes__nf4")])
+def test_a_file_that_lost_a_tensor_is_refused_by_the_layers_name(tmp_path: Path, scheme: str, lost: str) -> None:
+    _, folder = written_beside(tmp_path, scheme)
+    tensors = load_tensors(folder / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.up_proj.{lost}"]
+    save_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(BundleError, match=r"model\.layers\.1\.mlp\.up_proj cannot be unpacked"):
+        load_bundle(folder)
+
+
+def written_beside(source: Path, scheme: str) -> tuple[nn.Module, Path]:
+    plain = source / "plain"
+    plain.mkdir()
+    save_model(trained("llama"), plain, EOT)
+    return written(plain, scheme)
+
+
+def test_left_over_and_missing_tensors_are_named(tmp_path: Path) -> None:
+    _, folder = written_beside(tmp_path, "int8")
+    tensors = load_tensors(folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors | {"model.extra.weight": torch.zeros(1)})
+    with pytest.raises(BundleError, match=r"model\.extra\.weight has no place"):
+        load_bundle(folder)
+    del tensors["model.norm.weight"]
+    save_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(BundleError, match=r"model\.norm\.weight is missing"):
+        load_bundle(folder)
+
+
+def test_another_quantization_and_a_lone_adapter_are_refused(tmp_path: Path) -> None:
+    _, folder = written_beside(tmp_path, "nf4")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="quantized with 'gptq', and only bitsandbytes' int8 and nf4 are read"):
+        load_bundle(folder)
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        load_bundle(adapter)
+
+
+def test_divergence_is_what_it_is_by_hand() -> None:
+    """Two bigrams over two tokens: one says 3/4 and 1/4, the other half and half."""
+    one, other = (Bigram(BigramParams(architecture="bigram"), 2) for _ in range(2))
+    nn.init.constant_(one.table.weight[:, 0], math.log(3))
+    found = compare(one, other, np.array([0, 1, 1, 0, 1]), context=2, batch=1)
+    assert found.kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert (found.top1, found.tokens) == (1.0, 4)
+    assert compare(one, one, np.array([0, 1]), context=2, batch=1).kl == 0
+    with pytest.raises(ValueError, match="1 held-out tokens, wanted at least one window of 2"):
+        compare(one, other, np.array([0]), context=2, batch=1)
+
+
+def test_latency_times_every_token_and_size_counts_the_weights(plain: Path) -> None:
+    model = load_model(plain)
+    assert isinstance(model, nn.Module)
+    steps = step_seconds(model, [1, 2, 3], 5)
+    assert len(steps) == 5
+    assert min(steps) > 0
+    found = latency(model, [1, 2, 3], tokens=5, repeats=2)
+    assert found.p50_ms > 0
+    assert found.tok_per_s > 0
+    assert size_mb(plain) == (plain / "model.safetensors").stat().st_size / 1e6
+
+
+# The stage
+
+WORDS = BpeTokenizer([])
+"""A token a byte, and the special tokens."""
+
+
+def rebuilt(root: Path, texts: list[str]) -> Params:
+    """A root as the stages before leave it, with a small `base`, and the params that go with it."""
+    params = config.parse(read_yaml(Path(__file__).parent.parent / "params.yaml"), "params.yaml")
+    evaluate = params.evaluate.model_copy(update={"latency_tokens": 3, "latency_repeats": 1, "kl_tokens": 200})
+    base = params.train["base"].model_copy(update={"context": 32, "evaluate_tokens": 300})
+    with bundle.writing(root / "artifacts/tokens/wikipedia_bpe") as folder:
+        facts = write_shards(folder, {"train": texts, "validation": texts}, WORDS.encode_batch, WORDS.eot, WORDS.vocab_size)
+        WORDS.save(folder)
+        bundle.seal(folder, "tokens", "tokenize@wikipedia_bpe", **facts)
+    torch.manual_seed(0)
+    with bundle.writing(root / "artifacts/models/base") as folder:
+        save_model(build(LLAMA, WORDS.vocab_size), folder, WORDS.eot)
+        WORDS.save(folder)
+        bundle.seal(folder, "model", "train@base")
+    return params.model_copy(update={"evaluate": evaluate, "train": params.train | {"base": base}})
+
+
+def test_the_stage_leaves_a_sealed_bundle_of_its_parent_and_keeps_the_clock_out_of_it(tmp_path: Path) -> None:
+    params = rebuilt(tmp_path, ["Held-out text that both models are asked to predict. " * 9])
+    stage.run(params, "base_nf4", tmp_path)
+
+    folder = tmp_path / "artifacts/models/base_nf4"
+    manifest = bundle.verify(folder, "quantized")
+    assert manifest.parents == {"model": bundle.read_manifest(tmp_path / "artifacts/models/base").digest}
+    assert manifest.facts["replaced_layers"] == 14
+    assert manifest.facts["tokenizer_digest"] == manifest.files["tokenizer.json"]
+    stage.run(params, "base_nf4", tmp_path)
+    assert bundle.read_manifest(folder).digest == manifest.digest
+
+    metrics = json.loads((tmp_path / "artifacts/logs/quantize/base_nf4/metrics.json").read_text(encoding="utf-8"))
+    pairs = {"size_mb", "linear_mb", "p50_ms", "tok_per_s", "val_loss", "val_bpb", "val_ppl"}
+    assert metrics.keys() >= {"kl", "top1", "scheme", "parameters", *pairs, *(f"{name}_fp32" for name in pairs)}
+    assert metrics["size_mb"] < metrics["size_mb_fp32"]
+    assert metrics["linear_mb"] < metrics["linear_mb_fp32"] / 5
+    sample = (tmp_path / "artifacts/logs/quantize/base_nf4/sample.txt").read_text(encoding="utf-8")
+    assert sample.startswith("base:\nHeld-out text th")
+    assert "\nbase_nf4:\nHeld-out text th" in sample
+
+
+def test_the_stage_refuses_a_model_of_another_tokenizer_and_what_is_no_model(tmp_path: Path) -> None:
+    params = rebuilt(tmp_path, ["Some text. " * 60])
+    with bundle.writing(tmp_path / "artifacts/tokens/wikipedia_bpe") as folder:
+        other = BpeTokenizer([(0, 1)])
+        facts = write_shards(folder, {"train": ["a b"], "validation": ["a b"]}, other.encode_batch, other.eot, other.vocab_size)
+        other.save(folder)
+        bundle.seal(folder, "tokens", "tokenize@wikipedia_bpe", **facts)
+    with pytest.raises(ValueError, match=r"base has another tokenizer than .*wikipedia_bpe, which tokenize@wikipedia_bpe made"):
+        stage.run(params, "base_int8", tmp_path)
+    bundle.seal(tmp_path / "artifacts/models/base", "adapter", "finetune@lora")
+    with pytest.raises(BundleError, match="found a bundle of kind 'adapter', wanted model"):
+        stage.run(params, "base_int8", tmp_path)

@@ -1,0 +1,629 @@
+"""The API in this process, and then the Bento that was built, served from another folder with the package taken away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from openai import OpenAI
+from ruamel.yaml import YAML
+
+from llm_from_scratch import bundle
+from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.inference.sampling import Sampling
+from llm_from_scratch.retrieval.embed import Embedder
+from llm_from_scratch.retrieval.index import Index
+from llm_from_scratch.serving.app import create_app
+from llm_from_scratch.serving.errors import ApiError
+from llm_from_scratch.serving.lane import Check, Lane
+from llm_from_scratch.serving.limits import ServeParams
+from llm_from_scratch.serving.package import package, require_free
+from llm_from_scratch.serving.responder import Responder
+from tests.tiny import CONTEXT, SENTENCES, tiny_embedder, tiny_index, tiny_model, tiny_quantized
+
+ROOT = Path(__file__).parent.parent
+LIMITS = ServeParams(
+    model="chat_int8",
+    model_name="tiny",
+    maximum_prompt_tokens=64,
+    maximum_new_tokens=32,
+    default_new_tokens=8,
+    maximum_body_bytes=4096,
+    maximum_waiting=2,
+    deadline_seconds=60,
+    passages=2,
+)
+HELLO = [{"role": "user", "content": "What is a cat?"}]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three bundles that are served."""
+
+    model: Path
+    index: Path
+    embedder: Path
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    folder = tmp_path_factory.mktemp("bundles")
+    made = Parts(folder / "model_int8", folder / "index", folder / "embedder")
+    tiny_quantized(made.model, tiny_model(folder / "model"))
+    tiny_embedder(made.embedder)
+    tiny_index(made.index, Embedder.open(made.embedder))
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(parts: Parts) -> Engine:
+    return Engine.open(parts.model)
+
+
+@pytest.fixture(scope="module")
+def index(parts: Parts) -> Index:
+    return Index.open(parts.index, Embedder.open(parts.embedder))
+
+
+def limits(**changes: Any) -> ServeParams:
+    return LIMITS.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def browser(engine: Engine, index: Index) -> Iterator[TestClient]:
+    with TestClient(create_app(Responder(engine, index, LIMITS, "fp_test"))) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(browser: TestClient) -> OpenAI:
+    return OpenAI(base_url="http://testserver/v1", api_key="none", http_client=browser, max_retries=0)
+
+
+# The API, asked by OpenAI's own client. The same questions go to the served Bento below.
+
+
+def a_completion_is_what_the_engine_says(client: OpenAI, engine: Engine) -> None:
+    said = client.completions.create(model="tiny", prompt="The cat", temperature=0, max_tokens=12)
+    pieces = list(engine.complete("The cat", Sampling(temperature=0, max_tokens=12)))
+
+    assert said.choices[0].text == "".join(piece.text for piece in pieces)
+    assert said.choices[0].finish_reason == pieces[-1].finish_reason == "length"
+    assert said.usage is not None
+    assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (len(engine.tokenizer.encode("The cat")), 12)
+
+
+def a_streamed_chat_says_what_the_whole_one_says(client: OpenAI, engine: Engine) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, temperature=0)
+    stream = client.chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    assert (
+        text
+        == whole.choices[0].message.content
+        == "".join(piece.text for piece in engine.chat(HELLO, Sampling(temperature=0, max_tokens=8)))
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+def a_question_is_answered_with_what_was_read(client: OpenAI, engine: Engine) -> None:
+    said = client.post("/../ask", body={"question": "What is a river?"}, cast_to=dict[str, Any])
+
+    assert said["model"] == "tiny"
+    assert [source["number"] for source in said["citations"]] == [1, 2]
+    assert {source["text"] for source in said["citations"]} <= set(SENTENCES)
+    assert set(said["citations"][0]) == {"number", "title", "text", "document", "score"}
+    assert said["citations"][0]["title"] == "river"
+    assert said["citations"][0]["score"] >= said["citations"][1]["score"] > 0
+
+
+def the_model_is_listed_by_its_name(client: OpenAI, engine: Engine) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here; there is 'tiny'") as caught:
+        client.completions.create(model="gpt-5", prompt="a")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def what_is_wrong_with_a_body_is_said_in_openais_shape(client: OpenAI, engine: Engine) -> None:
+    wrong = {
+        b"": (400, "invalid_json"),
+        b"{": (400, "invalid_json"),
+        b'{"question": "\xe9"}': (400, "invalid_json"),
+        b" " * 5000: (413, "request_too_large"),
+    }
+    for path in ("/ask", "/v1/completions", "/v1/chat/completions"):
+        for body, (status, code) in wrong.items():
+            reply = client._client.post(str(client.base_url.join(path)), content=body)
+            assert reply.status_code == status
+            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+            assert reply.json()["error"]["code"] == code
+
+
+def a_prompt_too_long_is_refused_with_both_numbers(client: OpenAI, engine: Engine) -> None:
+    found = len(engine.tokenizer.encode("cat " * 100))
+    with pytest.raises(openai.BadRequestError, match=f"the prompt is {found} tokens, and no more than 64 are read") as caught:
+        client.completions.create(model="tiny", prompt="cat " * 100)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="no more than 64 are read"):
+        client.post("/../ask", body={"question": "cat " * 100}, cast_to=dict[str, Any])
+
+
+ASKED = (
+    a_completion_is_what_the_engine_says,
+    a_streamed_chat_says_what_the_whole_one_says,
+    a_question_is_answered_with_what_was_read,
+    the_model_is_listed_by_its_name,
+    what_is_wrong_with_a_body_is_said_in_openais_shape,
+    a_prompt_too_long_is_refused_with_both_numbers,
+)
+Asked = Callable[[OpenAI, Engine], None]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: asked.__name__)
+def test_in_this_process(asked: Asked, client: OpenAI, engine: Engine) -> None:
+    asked(client, engine)
+
+
+def test_a_seed_draws_the_same_answer_again_and_stop_ends_it(client: OpenAI) -> None:
+    def draw(seed: int, **more: Any) -> str:
+        return client.completions.create(model="tiny", prompt="The cat", max_tokens=24, seed=seed, **more).choices[0].text
+
+    first = draw(3)
+    middle = first[len(first) // 2]
+
+    assert draw(3) == first != draw(4)
+    assert draw(3, stop=[middle]) == first[: first.index(middle)]
+
+
+def test_a_prompt_of_token_ids_is_read_as_it_is_and_checked_against_the_vocabulary(client: OpenAI, engine: Engine) -> None:
+    ids = engine.tokenizer.encode("The cat")
+
+    by_ids, by_text = (client.completions.create(model="tiny", prompt=prompt, temperature=0).choices[0].text for prompt in (ids, "The cat"))
+    assert by_ids == by_text
+    with pytest.raises(openai.BadRequestError, match=f"found token 300; this model's tokens are 0 to {engine.tokenizer.vocab_size - 1}"):
+        client.completions.create(model="tiny", prompt=[1, 300])
+
+
+def test_an_unknown_address_names_the_known_ones_and_a_wrong_method_is_405(browser: TestClient) -> None:
+    assert "there is POST /v1/chat/completions" in browser.post("/v1/embeddings").json()["error"]["message"]
+    assert browser.get("/ask").status_code == 405
+    assert set(browser.get("/ask").json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_landing_page_is_whole_and_loads_nothing_from_elsewhere(browser: TestClient) -> None:
+    page = browser.get("/")
+
+    assert page.headers["content-type"].startswith("text/html")
+    assert not re.search(r"(src|href)=", page.text)
+
+
+def test_an_app_without_its_model_yet_says_so() -> None:
+    reply = TestClient(create_app()).get("/v1/models")
+
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+
+
+def test_a_failure_of_ours_tells_the_client_nothing_of_our_insides(engine: Engine, index: Index) -> None:
+    other = Responder(engine, index, LIMITS, "fp_test")
+    other.engine = None
+    reply = TestClient(create_app(other), raise_server_exceptions=False).post("/v1/completions", json={"model": "tiny", "prompt": "a"})
+
+    assert reply.status_code == 500
+    assert "NoneType" not in reply.text
+    assert reply.json()["error"]["type"] == "server_error"
+
+
+def test_a_default_length_that_leaves_no_room_for_a_question_is_refused(engine: Engine, index: Index) -> None:
+    with pytest.raises(ValueError, match=f"serve.default_new_tokens is {CONTEXT}, which leaves no room"):
+        Responder(engine, index, limits(default_new_tokens=CONTEXT), "fp_test")
+
+
+# The line before the model.
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def counting(check: Check) -> Iterator[int]:
+    """Work without an end, an item every millisecond."""
+    for number in itertools.count():
+        time.sleep(0.001)
+        yield number
+
+
+def test_jobs_are_done_one_at_a_time_in_the_order_they_came() -> None:
+    began: list[int] = []
+
+    def job(number: int) -> Callable[[Check], Iterator[int]]:
+        def produce(check: Check) -> Iterator[int]:
+            began.append(number)
+            yield from range(3)
+
+        return produce
+
+    async def scenario() -> None:
+        lane = Lane(maximum_waiting=9, deadline_seconds=60)
+        jobs = [lane.submit(job(number)) for number in range(5)]
+        assert [[item async for item in one] for one in jobs] == [[0, 1, 2]] * 5
+        lane.close()
+
+    run(scenario())
+    assert began == [0, 1, 2, 3, 4]
+
+
+def test_the_line_has_an_end_and_who_leaves_it_makes_room() -> None:
+    async def scenario() -> None:
+        lane = Lane(maximum_waiting=1, deadline_seconds=60)
+        working, waiting = lane.submit(counting), lane.submit(counting)
+        with pytest.raises(ApiError, match="1 requests are waiting already, and no more than 1 may") as caught:
+            lane.submit(counting)
+        assert caught.value.status == 429
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        waiting.stop()
+        lane.submit(counting)
+        assert not working.stopped
+        lane.close()
+
+    run(scenario())
+
+
+def test_the_event_loop_goes_on_while_an_answer_is_made() -> None:
+    def busy(check: Check) -> Iterator[int]:
+        time.sleep(0.5)  # as long as a step of a large model: nothing is yielded meanwhile
+        yield 1
+
+    async def scenario() -> int:
+        lane = Lane(maximum_waiting=1, deadline_seconds=60)
+        job = lane.submit(busy)
+        ticks = 0
+        answer = asyncio.create_task(anext(aiter(job)))
+        while not answer.done():
+            ticks += 1
+            await asyncio.sleep(0.01)
+        lane.close()
+        return ticks
+
+    assert run(scenario()) > 5
+
+
+def test_the_deadline_counts_from_arrival_and_stops_the_work() -> None:
+    async def scenario() -> None:
+        lane = Lane(maximum_waiting=2, deadline_seconds=0.2)
+        working, waiting = lane.submit(counting), lane.submit(counting)
+        for job in (waiting, working):
+            with pytest.raises(ApiError, match=r"no complete answer after 0\.2 s") as caught:
+                async for _ in job:
+                    pass
+            assert (caught.value.status, caught.value.code) == (503, "deadline_exceeded")
+            assert job.stopped
+        lane.close()
+
+    run(scenario())
+
+
+def test_what_the_work_raises_reaches_who_waits_for_it() -> None:
+    def failing(check: Check) -> Iterator[int]:
+        yield 1
+        raise ValueError("no such file")
+
+    async def scenario() -> None:
+        lane = Lane(maximum_waiting=1, deadline_seconds=60)
+        with pytest.raises(ValueError, match="no such file"):
+            async for _ in lane.submit(failing):
+                pass
+        assert [item async for item in lane.submit(lambda check: [2])] == [2]  # and the lane lives on
+        lane.close()
+
+    run(scenario())
+
+
+async def hang_up_on(app: Any, path: str, body: dict[str, Any], after: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+    """What was sent to a client that leaves once `after` is true of it. ASGI by hand, as test clients wait for the whole answer."""
+    sent: list[dict[str, Any]] = []
+    left = asyncio.Event()
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(messages, None)) is not None:
+            return message
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if after(sent):
+            left.set()
+
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": []}
+    scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http", "root_path": ""}
+    if after(sent):
+        asyncio.get_running_loop().call_later(0.3, left.set)
+    await app(scope, receive, send)
+    return sent
+
+
+LONG = 100_000  # tokens: minutes of work
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_stops_its_answer(stream: bool, engine: Engine, index: Index) -> None:
+    async def scenario() -> None:
+        responder = Responder(engine, index, limits(maximum_new_tokens=LONG), "fp_test")
+        asked = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": LONG, "stream": stream}
+        leave = (lambda sent: len(sent) > 5) if stream else (lambda sent: not sent)
+        sent = await hang_up_on(create_app(responder), "/v1/completions", asked, leave)
+        assert stream or sent[0]["status"] == 499
+        # The next one gets its turn at once: nobody makes an answer that nobody waits for.
+        job = responder.lane.submit(lambda check: ["next"])
+        assert [item async for item in job] == ["next"]
+        responder.close()
+
+    begin = time.monotonic()
+    run(scenario())
+    assert time.monotonic() - begin < 30
+
+
+def test_a_question_breaks_off_in_the_middle_of_its_answer_too(parts: Parts, index: Index, tmp_path: Path) -> None:
+    long_reader = Engine.open(tiny_model(tmp_path / "model", context=4096))
+
+    async def scenario() -> None:
+        wide = limits(maximum_new_tokens=4000, default_new_tokens=4000)
+        responder = Responder(long_reader, index, wide, "fp_test")
+        sent = await hang_up_on(create_app(responder), "/ask", {"question": "What is a cat?"}, lambda sent: not sent)
+        assert sent[0]["status"] == 499
+        responder.close()
+
+    run(scenario())
+
+
+def test_a_fourth_client_is_turned_away_with_429_and_when_to_come_back(engine: Engine, index: Index) -> None:
+    async def scenario() -> None:
+        responder = Responder(engine, index, limits(maximum_new_tokens=LONG), "fp_test")
+        app = create_app(responder)
+        first_three = [responder.lane.submit(counting) for _ in range(3)]
+        sent = await hang_up_on(app, "/v1/completions", {"model": "tiny", "prompt": "a"}, lambda sent: bool(sent))
+        assert sent[0]["status"] == 429
+        assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
+        assert json.loads(sent[1]["body"])["error"]["type"] == "rate_limit_error"
+        for job in first_three:
+            job.stop()
+        responder.close()
+
+    run(scenario())
+
+
+def test_an_error_in_the_middle_of_a_stream_is_a_frame_and_no_done_follows(engine: Engine, index: Index) -> None:
+    responder = Responder(engine, index, limits(maximum_new_tokens=LONG, deadline_seconds=2.0), "fp_test")
+    with TestClient(create_app(responder)) as browser:
+        asked = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": LONG, "stream": True}
+        text = browser.post("/v1/completions", json=asked).text
+        client = OpenAI(base_url="http://testserver/v1", api_key="none", http_client=browser, max_retries=0)
+        with pytest.raises(openai.APIError, match="no complete answer after 2 s"):
+            list(client.completions.create(model="tiny", prompt="The cat", temperature=0, max_tokens=LONG, stream=True))
+
+    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert "[DONE]" not in text
+
+
+# The package, the Bento, the server.
+
+BLOCK = f"import sys\nsys.path[:] = [folder for folder in sys.path if folder != {str(ROOT / 'src')!r}]\n"
+PACKAGE_AND_BUILD = """
+import json, sys
+from pathlib import Path
+from llm_from_scratch.serving.limits import ServeParams
+from llm_from_scratch.serving.package import build, package
+
+model, index, embedder, root = map(Path, sys.argv[1:5])
+tags = [package(model, index, embedder, ServeParams.model_validate(json.loads(sys.argv[5]))) for _ in range(2)]
+print(json.dumps({"models": tags, "bento": build(root, tags[0])}))
+"""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A store with one model and one Bento in it, and the environment of a machine that has neither this project nor its package."""
+
+    models: list[str]
+    bento: str
+    home: Path
+    elsewhere: Path
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def built(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("bento")
+    (folder / "block").mkdir()
+    (folder / "block" / "sitecustomize.py").write_text(BLOCK, encoding="utf-8")
+    (folder / "elsewhere").mkdir()
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("BENTOML", "PYTHON"))}
+    ours |= {"BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True", "OMP_NUM_THREADS": "1"}
+    arguments = [str(parts.model), str(parts.index), str(parts.embedder), str(ROOT), LIMITS.model_dump_json()]
+    here = ours | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", PACKAGE_AND_BUILD, *arguments], env=here, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout.splitlines()[-1])
+    away = ours | {"PYTHONPATH": str(folder / "block")}
+    return Built(made["models"], made["bento"], folder / "home", folder / "elsewhere", away)
+
+
+@pytest.fixture(scope="module")
+def server(built: Built) -> Iterator[str]:
+    """The address of the served Bento."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = built.elsewhere / "log.txt"
+    command = [sys.executable, "-m", "bentoml", "serve", built.bento, "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=built.elsewhere, env=built.environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_until_ready(address, process, log)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()
+        try:
+            if httpx2.get(f"{address}/readyz", timeout=10).status_code == 200:
+                return
+        except httpx2.TransportError:
+            time.sleep(0.5)
+    pytest.fail(f"not ready after 300 s: {log.read_text()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: asked.__name__)
+def test_the_bento_served_without_the_package(asked: Asked, server: str, engine: Engine) -> None:
+    asked(OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0), engine)
+
+
+@pytest.mark.slow
+def test_where_the_bento_is_served_the_package_is_not_installed(built: Built) -> None:
+    tried = subprocess.run(
+        [sys.executable, "-c", "import llm_from_scratch"],
+        cwd=built.elsewhere,
+        env=built.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert "No module named 'llm_from_scratch'" in tried.stderr
+
+
+@pytest.mark.slow
+def test_a_stored_model_is_named_by_its_content_and_kept_once(built: Built) -> None:
+    assert built.models[0] == built.models[1]
+    assert [path.name for path in (built.home / "models" / "llm_from_scratch").iterdir() if path.is_dir()] == [
+        built.models[0].split(":")[1]
+    ]
+
+
+@pytest.mark.slow
+def test_the_bento_holds_the_package_and_nothing_else_of_the_project_and_names_its_exact_model(built: Built) -> None:
+    bento = built.home / "bentos" / built.bento.replace(":", "/")
+    packed = {path.relative_to(bento / "src").parts[0] for path in (bento / "src").iterdir()}
+    written = YAML(typ="safe").load(bento / "bento.yaml")
+
+    assert packed == {"llm_from_scratch", "bentofile.yaml"}
+    assert not list(bento.rglob("*.pyc"))
+    assert (bento / "src/llm_from_scratch/serving/landing.html").exists()
+    assert written["args"]["model"] == written["services"][0]["models"][0]["tag"] == built.models[0]
+
+
+@pytest.mark.slow
+def test_without_a_host_the_server_listens_on_loopback_alone(server: str) -> None:
+    port = int(server.rsplit(":", 1)[1])
+    listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[3] == "0A"]
+
+    assert f"0100007F:{port:04X}" in listening
+    assert f"00000000:{port:04X}" not in listening
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_clear_line(server: str) -> None:
+    """bentoml itself answers with a page of traceback."""
+    port = int(server.rsplit(":", 1)[1])
+    with pytest.raises(ValueError, match=rf"^cannot listen on 127.0.0.1:{port} \(Address already in use\); stop .* --port$"):
+        require_free("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"no such port"):
+        require_free("127.0.0.1", 70_000)
+
+
+def test_an_index_made_with_another_embedder_is_not_packaged(parts: Parts, tmp_path: Path) -> None:
+    other = tiny_embedder(tmp_path / "other", seed=1)
+    with pytest.raises(bundle.BundleError, match=r"index was made from embedder .* rebuild it with: dvc repro index"):
+        package(parts.model, parts.index, other, LIMITS)
+
+
+def test_a_damaged_model_is_not_packaged(parts: Parts, tmp_path: Path) -> None:
+    damaged = tiny_model(tmp_path / "model")
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(bundle.BundleError, match=r"model\.safetensors: sha256 is"):
+        package(damaged, parts.index, parts.embedder, LIMITS)
+
+
+# The files that say how it is shipped.
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = YAML(typ="safe").load((ROOT / name).read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_the_bento_pins_lines_of_the_lock() -> None:
+    locked = set((ROOT / "requirements.lock").read_text(encoding="utf-8").split())
+
+    assert set(read_yaml("bentofile.yaml")["python"]["packages"]) <= locked
+
+
+def test_compose_publishes_on_loopback_alone_and_checks_the_health_of_every_service() -> None:
+    services = read_yaml("compose.yaml")["services"]
+
+    assert set(services) == {"api", "mlflow", "prefect"}
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["healthcheck"]["test"][0] == "CMD"
+        published = {port.split(":")[-1] for port in service["ports"]}
+        assert any(f":{port}/" in service["healthcheck"]["test"][-1] for port in published)
+
+
+def test_what_compose_starts_are_commands_that_exist_here() -> None:
+    """`--help` of each with its own arguments before it: an option that a tool does not know ends in an error."""
+    for service in read_yaml("compose.yaml")["services"].values():
+        tool, *arguments = map(str, service["command"])
+        done = subprocess.run(
+            [Path(sys.executable).parent / tool, *arguments, "--help"], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_image_runs_as_nobody_special_and_copies_only_what_the_context_has() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+    copied = {source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]}
+
+    assert copied == allowed
+    assert all((ROOT / source).exists() for source in copied)
+    assert [line for line in lines if line.startswith("USER ")] == ["USER app"]
+    assert any(line.startswith("HEALTHCHECK") for line in lines)

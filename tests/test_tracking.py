@@ -1,0 +1,80 @@
+"""A real MLflow store on sqlite: what a rebuild leaves there, and when the champion moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from llm_from_scratch import tracking
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[MlflowClient]:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.connect(uri, rebuild="tuesday", revision="abc123", digests={"artifacts/tokens/x": "0123.dir"})
+    yield MlflowClient(tracking_uri=uri, registry_uri=uri)
+    tracking.connect("", "", "", {})
+
+
+def candidate(folder: Path, digest: str, bits: float) -> tracking.Candidate:
+    return tracking.Candidate("base", folder, digest, f"# card of {digest}", {"val_bpb": bits}, {"kind": "model"})
+
+
+def test_stages_of_one_rebuild_are_nested_under_one_run(store: MlflowClient) -> None:
+    for name in ("gpt", "base"):
+        with tracking.stage_run("train", name, {"steps": 3, "model": {"width": 8}}, ["artifacts/tokens/x"]) as log:
+            for step in range(3):
+                log(step, {"val_bpb": 3.0 - step})
+
+    (experiment,) = [found for found in store.search_experiments() if found.name == tracking.EXPERIMENT]
+    runs = {run.info.run_name: run for run in store.search_runs([experiment.experiment_id])}
+    parent = runs.pop("rebuild tuesday")
+    assert set(runs) == {"train@gpt", "train@base"}
+    for run in runs.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.params == {"steps": "3", "model.width": "8"}
+        assert run.data.metrics == {"val_bpb": 1.0}
+        assert run.inputs.dataset_inputs[0].dataset.digest == "0123"
+        assert [point.value for point in store.get_metric_history(run.info.run_id, "val_bpb")] == [3.0, 2.0, 1.0]
+
+
+def test_a_stage_that_fails_leaves_a_failed_run_and_its_error(store: MlflowClient) -> None:
+    with pytest.raises(ValueError, match="on purpose"), tracking.stage_run("train", "gpt", {}):
+        raise ValueError("on purpose")
+    (experiment,) = [found for found in store.search_experiments() if found.name == tracking.EXPERIMENT]
+    statuses = {run.info.run_name: run.info.status for run in store.search_runs([experiment.experiment_id])}
+    assert statuses["train@gpt"] == "FAILED"
+
+
+def test_the_champion_moves_only_for_a_gain_beyond_the_rule(store: MlflowClient, tmp_path: Path) -> None:
+    versions = [tracking.register(candidate(tmp_path, *made)) for made in (("one", 2.0), ("two", 1.999), ("three", 1.9))]
+    assert tracking.promote("base", versions[0], "val_bpb", 0.01)
+    assert not tracking.promote("base", versions[1], "val_bpb", 0.01)
+    assert tracking.promote("base", versions[2], "val_bpb", 0.01)
+    champion = tracking.champion_of("base")
+    assert champion is not None
+    assert champion.tags["digest"] == "three"
+    assert champion.description == "# card of three"
+
+
+def test_the_same_bundle_is_one_version_however_often_it_is_registered(store: MlflowClient, tmp_path: Path) -> None:
+    assert tracking.register(candidate(tmp_path, "one", 2.0)) == tracking.register(candidate(tmp_path, "one", 2.0))
+
+
+def test_without_a_uri_tracking_is_silent_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracking.connect("", "", "", {})
+    with tracking.stage_run("train", "gpt", {"steps": 1}) as log:
+        log(0, {"val_bpb": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
+    tracking.connect(f"sqlite:///{tmp_path}/mlflow.db", "tuesday", "", {})
+    with pytest.warns(UserWarning, match="the build goes on"), tracking.stage_run("train", "gpt", {}) as log:
+        log(0, {"val_bpb": 1.0})
+    tracking.connect("", "", "", {})

@@ -1,0 +1,81 @@
+"""Real bundles too small to mean anything, as the stages would leave them: for tests that need whole parts and no training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llm_from_scratch import bundle, tokenizer
+from llm_from_scratch.inference.quantize import load_bundle, quantize, save_quantized
+from llm_from_scratch.model import registry
+from llm_from_scratch.model.llama import LlamaParams
+from llm_from_scratch.retrieval.embed import Embedder
+from llm_from_scratch.retrieval.index import Index
+from llm_from_scratch.retrieval.passages import Passage
+from llm_from_scratch.tokenizer import BpeTokenizer
+from llm_from_scratch.tokenizer.bpe import train_bpe
+from tests import tiny_retrieval
+
+SENTENCES = (
+    "The cat is a small animal that lives with people.",
+    "The dog is an animal that barks at the cat.",
+    "A river is water that runs to the sea.",
+    "A star is a sphere of gas that shines.",
+)
+CONTEXT = 128
+
+
+def tiny_tokenizer(folder: Path, vocab_size: int = 300) -> BpeTokenizer:
+    """Byte pairs of four sentences, saved in `folder` (which has no manifest yet)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = train_bpe(SENTENCES, vocab_size)
+    trained.save(folder)
+    return trained
+
+
+def tiny_model(folder: Path, seed: int = 0, context: int = CONTEXT) -> Path:
+    """A sealed, untrained llama with its tokenizer."""
+    with bundle.writing(folder) as partial:
+        words = tiny_tokenizer(partial)
+        torch.manual_seed(seed)
+        shape = LlamaParams(
+            architecture="llama", context=context, width=32, layers=2, heads=4, kv_heads=2, hidden=64, rope_theta=10000.0, qk_norm=False
+        )
+        model = registry.build(shape, words.vocab_size)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(std=0.4)  # as built, blocks add nothing at first and a model only repeats the last token
+                if len(weight) == words.vocab_size:
+                    weight[list(words.special.values())] = 0  # a logit of 0 is never the highest: greedy answers run to their limit
+        registry.save_model(model, partial, words.eot)
+        bundle.seal(partial, "model", "train@tiny", {}, parameters=registry.parameters(model), tokenizer=tokenizer.digest(partial))
+    return folder
+
+
+def tiny_quantized(folder: Path, source: Path) -> Path:
+    """A sealed int8 bundle of the model in `source`."""
+    model = load_bundle(source)
+    assert isinstance(model, torch.nn.Module)
+    with bundle.writing(folder) as partial:
+        save_quantized(quantize(model, "int8"), source, partial)
+        parents = {"model": bundle.read_manifest(source).digest}
+        bundle.seal(partial, "quantized", "quantize@tiny_int8", parents, tokenizer=tokenizer.digest(partial))
+    return folder
+
+
+def tiny_embedder(folder: Path, seed: int = 0) -> Path:
+    """A sealed corpus bundle with an untrained BERT in it."""
+    return tiny_retrieval.tiny_encoder(folder, seed)
+
+
+def tiny_passages(texts: Sequence[str] = SENTENCES) -> list[Passage]:
+    """One passage a text, titled with its second word."""
+    return [Passage(f"Q{number}#0", f"Q{number}", text.split()[1], text) for number, text in enumerate(texts)]
+
+
+def tiny_index(folder: Path, embedder: Embedder, texts: Sequence[str] = SENTENCES) -> Index:
+    """The texts, indexed and sealed."""
+    return tiny_retrieval.tiny_index(folder, embedder, tiny_passages(texts))
