@@ -15,7 +15,9 @@ def package(root: Path) -> str:
     params = YAML(typ="safe", pure=True).load((root / "params.yaml").read_text(encoding="utf-8"))
     limits = ServeParams.model_validate(params["serve"])
     artifacts = root / "artifacts"
-    stored = bento.package(artifacts / "models" / limits.model, artifacts / "index", artifacts / "raw" / params["index"]["embedder"], limits)
+    stored = bento.package(
+        artifacts / "models" / limits.model, artifacts / "index", artifacts / "raw" / params["index"]["embedder"], limits
+    )
     return bento.build(root, stored)
 
 

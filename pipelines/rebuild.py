@@ -93,7 +93,9 @@ def lease(node: str) -> AbstractContextManager[None]:
 def stream(command: list[str]) -> Iterator[str]:
     """Run `command`, each line it says sent to the flow's log as it comes; a last line `exit N` where it failed."""
     log = get_run_logger()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=dvc.environment()) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=dvc.environment()
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             for part in filter(None, (part.strip() for part in line.split("\r"))):

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from llm_from_scratch import bundle, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import read_documents
 from llm_from_scratch.data.questions import questions
 from llm_from_scratch.evaluation.heatmaps import attention_of
-from llm_from_scratch.evaluation.retrieval import question_answering
+from llm_from_scratch.evaluation.retrieval import CONDITIONS, question_answering, retrieval_quality
 from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.report import book, figures, gather
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
+from llm_from_scratch.retrieval.rag import answer
 
 HEATMAPS = ("attention", "gpt")
+ILLUSTRATED = 8  # answered questions shown with what was read
 
 
 def run(params: Params, name: str, root: Path) -> None:
@@ -44,7 +50,19 @@ def ask(params: Params, artifacts: Path) -> tuple[dict[str, Any], list[dict[str,
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
     held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     asked = questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed)
-    return question_answering(engine, index, asked, params.evaluate)
+
+    with tqdm(total=len(asked) * len(CONDITIONS), desc="asking", unit=" questions", disable=None) as bar:
+        conditions = question_answering(engine.model, engine.tokenizer, index, asked, params.evaluate, progress=bar.update)
+    greedy = Sampling(temperature=0.0, max_tokens=params.evaluate.answer_tokens)
+    illustrated = [
+        {
+            "question": question.question,
+            "wanted": question.answer,
+            **asdict(answer(engine, index, question.question, params.evaluate.passages, greedy)),
+        }
+        for question in asked[:ILLUSTRATED]
+    ]
+    return {"rag": conditions, "retrieval": retrieval_quality(index, asked)}, illustrated
 
 
 def measured(params: Params, logs: Path) -> dict[str, Any]:

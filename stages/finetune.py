@@ -113,7 +113,7 @@ def open_base(folder: Path, name: str, context: int) -> Rung:
 
 
 def prepare(corpus: Path, share: float, told: Finetune, base: Rung, words: Tokenizer) -> Lesson:
-    """The lesson that a corpus gives: as many records as the steps can show, and `told.questions` each of those held out and those asked."""
+    """The lesson that a corpus gives: as many records as the steps can show, `told.questions` of those held out, and as many asked."""
     learnable, held_out, tasks = conversations(corpus, share, told.seed)
     if not held_out:
         raise ValueError(f"no record of {told.records} is held out to measure on; raise sources.{told.records}.validation, now {share}")

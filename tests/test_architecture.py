@@ -27,7 +27,14 @@ ROWS = (
     {"config"},
 )
 ROW = {room: place for place, rooms in enumerate(ROWS) for room in rooms}
-HOMES = {"mlflow": ("tracking.py",), "bentoml": ("serving/",), "gradio": ("serving/",), "matplotlib": ("report/",), "prefect": (), "dvc": ()}
+HOMES = {
+    "mlflow": ("tracking.py",),
+    "bentoml": ("serving/",),
+    "gradio": ("serving/",),
+    "matplotlib": ("report/",),
+    "prefect": (),
+    "dvc": (),
+}
 BUNDLE_MAY_IMPORT = {"safetensors", "torch"}  # torch for the type of a tensor alone
 EXEMPT = {"llm_from_scratch.config", "llm_from_scratch.tracking"}  # neither can change an output
 FLOWS_MAY_USE = {"llm_from_scratch.tracking", "llm_from_scratch.serving", "llm_from_scratch.bundle"}

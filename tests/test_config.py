@@ -106,6 +106,8 @@ def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
 
 
 def test_help_is_instant() -> None:
-    run = subprocess.run([sys.executable, "-X", "importtime", "-m", "stages", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "stages", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "usage: python -m stages" in run.stdout
     assert "torch" not in run.stderr

@@ -42,13 +42,13 @@ WORDS = (
     "the of and a to in is was for that with as on by it from at his are this which or be were had not her have an their one there who "
     "river mountain people city government music water history language during between under against without through because king house "
     "church north south small large early later known called found made after before where while several century island village"
-).split()
+)
 
 
-def prose(seed: int, words: int = 120) -> str:
+def prose(seed: int, length: int = 120) -> str:
     """English words in a random order: no two seeds share a run of five."""
-    rng = random.Random(seed)
-    return " ".join(rng.choice(WORDS) for _ in range(words))
+    rng, words = random.Random(seed), WORDS.split()
+    return " ".join(rng.choice(words) for _ in range(length))
 
 
 def corpus(*extra: Document) -> list[Document]:

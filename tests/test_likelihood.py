@@ -14,7 +14,7 @@ from llm_from_scratch.model.attention import AttentionParams
 from llm_from_scratch.model.bigram import BigramParams
 from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.model.registry import build
-from llm_from_scratch.tokenizer import train_bpe
+from llm_from_scratch.tokenizer.bpe import train_bpe
 
 ONE_BYTE = np.ones(8, np.int64)
 

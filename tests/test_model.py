@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from llm_from_scratch.model.attention import Attention, AttentionParams, MultiHead, SingleHead
+from llm_from_scratch.model.attention import Attention, AttentionParams, MultiHead, SingleHead, waves
 from llm_from_scratch.model.bigram import Bigram, BigramParams
 from llm_from_scratch.model.causal import attend, attention_weights
 from llm_from_scratch.model.gpt import Gpt, GptParams, GptShape
@@ -96,7 +96,7 @@ def test_an_untrained_rung_is_about_as_unsure_as_a_uniform_guess(name: str) -> N
 @pytest.mark.parametrize("name", RUNGS)
 def test_every_weight_learns(name: str) -> None:
     model, ids = rung(name).train(), tokens(4, 12)
-    F.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1).flatten()).backward()
+    F.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1).flatten()).backward()  # type: ignore[no-untyped-call]
     assert [weight for weight, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
 
 
@@ -139,7 +139,7 @@ def test_the_bigram_learns_by_gradient_what_counting_gives() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     counted = torch.tensor([[0, 3 / 4, 1 / 4], [1, 0, 0], [1 / 2, 0, 1 / 2]])
     assert torch.allclose(model(torch.arange(3)[None])[0].softmax(-1), counted, atol=1e-3)
 
@@ -196,11 +196,18 @@ def test_many_heads_are_single_heads_side_by_side() -> None:
     assert torch.allclose(many(x), many.project(torch.cat(answers, -1)), atol=1e-6)
 
 
+def test_learned_positions_start_as_waves_in_which_one_step_is_the_same_rotation_everywhere() -> None:
+    start = waves(context=30, width=6)
+    assert start[1, 0] == pytest.approx(torch.sin(torch.tensor(1.0)).item())
+    assert torch.allclose(start[7] @ start[4], start[26] @ start[23], atol=1e-5)
+    assert waves(context=3, width=5).shape == (3, 5)
+
+
 @pytest.mark.parametrize("name", SHOWING)
 def test_attention_maps_are_distributions_over_the_past(name: str) -> None:
     model, ids = rung(name), tokens(1, 9)
     maps = model.attention_maps(ids)  # type: ignore[operator]
-    assert maps.shape[0] == 2 and maps.shape[2:] == (9, 9)
+    assert (maps.shape[0], maps.shape[2:]) == (2, (9, 9))
     assert torch.allclose(maps.sum(-1), torch.ones(maps.shape[:-1]))
     assert maps.triu(1).abs().max() == 0
     assert torch.equal(maps, model.attention_maps(ids[0])), "a text without a batch will do"  # type: ignore[operator]
@@ -294,7 +301,7 @@ def test_rotation_keeps_lengths_and_makes_scores_depend_on_distance_alone() -> N
 def test_reading_in_pieces_through_a_cache_equals_reading_at_once(name: str, pieces: list[int]) -> None:
     """Pieces of more than one token behind a filled cache are the hard case: `is_causal` alone would show them only the first keys."""
     model, ids, cache = rung(name), tokens(2, 12), GrowingCache()
-    pieced = torch.cat([model(piece, cache) for piece in ids.split(pieces, dim=1)], 1)
+    pieced = torch.cat([model(piece, cache) for piece in torch.split(ids, pieces, dim=1)], 1)
     assert torch.allclose(pieced, model(ids), atol=1e-5)
     assert cache.length == 12
     with pytest.raises(ValueError, match="found 17 tokens, the context holds 16"):

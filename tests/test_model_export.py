@@ -145,7 +145,8 @@ def test_what_transformers_saves_opens_here_with_its_logits(case: str, tmp_path:
     model = theirs(kind, **changes)
     save_theirs(model, tmp_path)
     opened = load_model(tmp_path)
-    assert isinstance(opened, Gpt | Llama) and not opened.training
+    assert isinstance(opened, Gpt | Llama)
+    assert not opened.training
     assert torch.allclose(logits(opened), logits(model), atol=1e-4)
 
 
@@ -197,7 +198,8 @@ def test_every_rung_comes_back_from_its_folder_alone(name: str, tmp_path: Path) 
     loaded = load_model(tmp_path)
 
     assert torch.equal(torch.random.get_rng_state(), before), "loading draws none of the caller's random numbers"
-    assert type(loaded) is type(model) and isinstance(loaded, Rung)
+    assert isinstance(loaded, Rung)
+    assert type(loaded) is type(model)
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.context == model.context
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}

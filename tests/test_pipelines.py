@@ -23,7 +23,9 @@ def server() -> Iterator[None]:
 
 
 def test_nodes_come_after_what_they_stand_on() -> None:
-    order = rebuild.nodes_in_order('strict digraph {\n"evaluate";\n"train@a" -> "quantize@a";\n"tokenize" -> "train@a";\n"quantize@a" -> "evaluate";\n}')
+    order = rebuild.nodes_in_order(
+        'strict digraph {\n"evaluate";\n"train@a" -> "quantize@a";\n"tokenize" -> "train@a";\n"quantize@a" -> "evaluate";\n}'
+    )
     assert order == ["tokenize", "train@a", "quantize@a", "evaluate"]
 
 
@@ -35,7 +37,10 @@ def test_the_real_graph_is_ordered_from_download_to_evaluate() -> None:
 
 
 def test_only_training_queues_for_the_gpu() -> None:
-    assert [node for node in ("download@x", "train@gpt", "finetune@sft", "index") if rebuild.GPU in rebuild.tags(node)] == ["train@gpt", "finetune@sft"]
+    assert [node for node in ("download@x", "train@gpt", "finetune@sft", "index") if rebuild.GPU in rebuild.tags(node)] == [
+        "train@gpt",
+        "finetune@sft",
+    ]
 
 
 @pytest.mark.slow

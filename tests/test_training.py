@@ -19,9 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from llm_from_scratch import bundle
 from llm_from_scratch.config import Params
+from llm_from_scratch.data.documents import Split
 from llm_from_scratch.data.shards import write_shards
 from llm_from_scratch.inference.engine import Engine
-from llm_from_scratch.tokenizer import load, train_char
+from llm_from_scratch.tokenizer import load
+from llm_from_scratch.tokenizer.char import train_char
 from llm_from_scratch.training.batches import windows
 from llm_from_scratch.training.loop import Batch, fit, next_token, write_curve
 from llm_from_scratch.training.optimizer import BETAS, MOMENTUM, Muon, build, orthogonal, split
@@ -427,7 +429,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too() -> None:
 # params
 
 
-def rung(tree: Mapping[str, Any]) -> Any:
+def rung(tree: Any) -> Any:
     return TypeAdapter(RungParams).validate_python(tree)
 
 
@@ -439,6 +441,8 @@ def test_the_n_gram_needs_no_plan_and_every_neural_rung_does() -> None:
         rung({key: value for key, value in BIGRAM.items() if key != "steps"})
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         rung(counted | {"steps": 5})
+    with pytest.raises(ValidationError, match="valid dictionary"):
+        rung("ngram")
 
 
 @pytest.mark.parametrize(
@@ -457,7 +461,7 @@ def test_the_n_gram_needs_no_plan_and_every_neural_rung_does() -> None:
         ),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused_before_any_work(change: Mapping[str, Any], complaint: str) -> None:
+def test_a_plan_that_cannot_work_is_refused_before_any_work(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         rung(BIGRAM | change)
 
@@ -474,7 +478,7 @@ def tokens_in(root: Path, kind: str = "tokens", vocab_size: int = 0) -> None:
     words = train_char([LINES])
     with bundle.writing(root / "artifacts/tokens/letters") as folder:
         words.save(folder)
-        documents = {"train": [LINES * 20, LINES * 10], "validation": [LINES * 3]}
+        documents: dict[Split, list[str]] = {"train": [LINES * 20, LINES * 10], "validation": [LINES * 3]}
         facts = write_shards(folder, documents, words.encode_batch, words.eot, vocab_size or words.vocab_size)
         bundle.seal(folder, kind, "tokenize@letters", **facts)
 

@@ -108,7 +108,7 @@ def _path(location: tuple[int | str, ...], tree: Any) -> str:
     """The dotted path as a person wrote it: pydantic adds the tag of a union member, which params.yaml does not have."""
     steps: list[str] = []
     for place, step in enumerate(location):
-        known = isinstance(tree, Mapping) and step in tree or isinstance(tree, list) and isinstance(step, int)
+        known = (isinstance(tree, Mapping) and step in tree) or (isinstance(tree, list) and isinstance(step, int))
         if known or place == len(location) - 1:
             steps.append(str(step))
             tree = tree[step] if known else None

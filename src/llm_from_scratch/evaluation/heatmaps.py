@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llm_from_scratch.inference.decoding import context_of
 from llm_from_scratch.inference.engine import Engine
 
 
@@ -19,7 +20,7 @@ def attention_of(engine: Engine, text: str) -> tuple[NDArray[np.float32], list[s
     attend = getattr(engine.model, "attention_maps", None)
     if attend is None:
         raise ValueError(f"a {type(engine.model).__name__} has no attention to draw; choose attention, gpt or llama")
-    if len(ids) > engine.model.context:
-        raise ValueError(f"the text is {len(ids)} tokens, the model sees {engine.model.context}; choose a shorter one")
+    if len(ids) > (longest := context_of(engine.model)):
+        raise ValueError(f"the text is {len(ids)} tokens, the model sees {longest}; choose a shorter one")
     maps = attend(torch.tensor([ids]))
     return maps.float().numpy(), [engine.tokenizer.bytes_of(token).decode("utf-8", errors="replace") for token in ids]

@@ -1,7 +1,7 @@
 """Week 4. Attention: each token asks all earlier ones, and weighs what they say by how well they fit the question.
 
 The window is gone: the weights depend on what the tokens are, not on how far back they stand, and one set of them serves
-every place. What it cannot do is think about what it gathered: there is no MLP, so between the softmaxes all is linear.
+every place. What it cannot do is think about what it gathered: there is no MLP, so a layer can only pass on sums of what was there.
 
 Everything is spelled out here, one head first. The GPT rung does the same in one fused call, which hides the weights.
 
@@ -89,35 +89,50 @@ def causal_softmax(scores: Tensor) -> Tensor:
 
 
 class Attention(Rung):
-    """Token and position vectors, then attention layers that add what they find to what was there."""
+    """Token and position vectors, then attention layers that add what they find to what was there; each reads it normalised."""
 
     def __init__(self, params: AttentionParams, vocab_size: int) -> None:
         super().__init__(vocab_size, params.context)
         self.params = params
         self.tokens = nn.Embedding(vocab_size, params.width)
         self.positions = nn.Embedding(params.context, params.width)
+        self.norms = nn.ModuleList(nn.LayerNorm(params.width) for _ in range(params.layers))
         self.layers = nn.ModuleList(MultiHead(params.width, params.heads) for _ in range(params.layers))
+        self.last_norm = nn.LayerNorm(params.width)
         self.head = nn.Linear(params.width, vocab_size)
+        with torch.no_grad():
+            self.positions.weight.copy_(waves(params.context, params.width))
 
     def embed(self, ids: Tensor, past: int) -> Tensor:
         x: Tensor = self.tokens(ids) + self.positions.weight[: ids.size(1)]
         return x
 
     def mix(self, x: Tensor, cache: Cache | None) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
         return x
 
     def unembed(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.last_norm(x))
         return logits
 
     @torch.no_grad()
     def attention_maps(self, ids: Tensor) -> Tensor:
         """The weights of one text, ids (T,) or (1, T), to (layers, H, T, T)."""
         x, maps = self.embed(ids.view(1, -1), 0), []
-        for layer in self.layers:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
             assert isinstance(layer, MultiHead)
-            maps.append(layer.weights(x)[0])
-            x = x + layer(x)
+            maps.append(layer.weights(norm(x))[0])
+            x = x + layer(norm(x))
         return torch.stack(maps)
+
+
+def waves(context: int, width: int) -> Tensor:
+    """Sines and cosines of the position at `width` / 2 wavelengths, (context, width). (Vaswani et al., 2017, section 3.5.)
+
+    Learned positions start here and not at random, because one step back is the same rotation everywhere: a head finds "the token
+    before this one" at once, and with random positions it has to learn that for each place anew.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.outer(torch.arange(context), frequencies)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :width]

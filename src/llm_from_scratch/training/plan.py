@@ -81,5 +81,5 @@ def _kind(entry: Any) -> str | None:
 
 RungParams = Annotated[
     Annotated[TrainParams, Tag("neural")] | Annotated[NgramTrainParams, Tag("ngram")],
-    Discriminator(_kind, custom_error_type="model_type", custom_error_message="a rung is a mapping"),
+    Discriminator(_kind, custom_error_type="dict_type"),
 ]

@@ -1,0 +1,190 @@
+"""The real dvc.yaml at toy size, in a clone of its own: from nothing to a report, again for nothing, and after a change no more than needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch import bundle
+from pipelines import dvc
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.network]
+
+
+def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **dvc.environment(),
+        "PYTHONPATH": str(clone / "src"),
+        "MLFLOW_TRACKING_URI": "sqlite:///var/mlflow.db",
+        "REBUILD_ID": "test",
+    }
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert not check or done.returncode == 0, f"{' '.join(command[-4:])}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def git(clone: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    subprocess.run(["git", *identity, *arguments], cwd=clone, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tree as it is now, uncommitted changes too, in a repository of its own, with what was downloaded here as its mirror."""
+    folder = tmp_path_factory.mktemp("graph") / "clone"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    git(folder.parent, "init", "--quiet", "--initial-branch=main", "clone")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "as it is")
+    downloads = ROOT / "var" / "downloads"
+    if downloads.is_dir():
+        os.environ["LLM_MIRROR"] = str(downloads)
+    yield folder
+    os.environ.pop("LLM_MIRROR", None)
+
+
+@pytest.fixture(scope="module")
+def built(clone: Path) -> Path:
+    run(clone, sys.executable, "-m", "pipelines", "experiment", "smoke")
+    return clone
+
+
+def test_every_key_that_is_promised_is_measured(built: Path) -> None:
+    metrics = json.loads((built / "reports" / "metrics.json").read_text())
+    for rung in ("ngram", "bigram", "mlp", "attention", "gpt", "gpt_bpe", "base"):
+        assert {"val_loss", "val_bpb", "val_ppl", "tok_per_s"} <= set(metrics["ladder"][rung]), rung
+    for name in ("base_int8", "base_nf4", "chat_int8"):
+        assert {"size_mb", "p50_ms", "kl", "val_bpb"} <= set(metrics["quantize"][name]), name
+    for condition in ("none", "random", "retrieved", "oracle"):
+        assert {"accuracy", "f1"} <= set(metrics["rag"][condition]), condition
+    assert {"sft", "lora"} <= set(metrics["finetune"])
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    assert all(f"`{section}." in documented for section in metrics)
+
+
+def test_every_model_is_sealed_and_the_numbers_carry_its_digest(built: Path) -> None:
+    metrics = json.loads((built / "reports" / "metrics.json").read_text())
+    for name, digest in metrics["digests"].items():
+        assert bundle.verify(built / "artifacts" / "models" / name).digest == digest
+
+
+def test_all_tokenizers_of_a_corpus_hold_out_the_same_bytes(built: Path) -> None:
+    facts = [bundle.read_manifest(built / "artifacts" / "tokens" / name).facts for name in ("shakespeare_char", "shakespeare_bpe")]
+    assert facts[0]["val_sha256"] == facts[1]["val_sha256"]
+
+
+def test_the_report_speaks_of_this_run_and_its_pictures_exist(built: Path) -> None:
+    report = (built / "reports" / "report.md").read_text()
+    metrics = json.loads((built / "reports" / "metrics.json").read_text())
+    assert f"{metrics['ladder']['gpt']['val_bpb']:.3f}" in report
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", report):
+        assert (built / "reports" / picture).stat().st_size > 1000, picture
+    assert len(list((built / "reports" / "weeks").glob("week_*.md"))) == 12
+
+
+def test_a_second_run_has_nothing_to_do(built: Path) -> None:
+    said = run(built, *dvc.command("repro")).stdout
+    assert "Running stage" not in said
+    assert "up to date" in said
+
+
+def test_a_changed_rate_reruns_only_what_stands_on_it(built: Path) -> None:
+    said = run(built, *dvc.command("status")).stdout
+    assert "up to date" in said
+    params = built / "params.yaml"
+    text = params.read_text()
+    place = text.index("learning_rate", text.index("\n  base:"))
+    params.write_text(text[:place] + re.sub(r"learning_rate: [\d.e-]+", "learning_rate: 0.0123", text[place:], count=1))
+    try:
+        said = run(built, *dvc.command("status")).stdout
+        assert re.findall(r"^(\S+):$", said, re.MULTILINE) == ["train@base"]
+        stale = run(built, *dvc.command("repro", "--dry", "--force-downstream", "train@base")).stdout
+        assert "train@gpt" not in stale.replace("Stage 'train@gpt", "")
+    finally:
+        params.write_text(text)
+
+
+def test_every_stage_left_a_nested_run_and_its_datasets(built: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{built}/var/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "llm-from-scratch"]
+    runs = {found.info.run_name: found for found in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("rebuild test")
+    assert {"train@base", "quantize@base_nf4", "finetune@lora", "index", "evaluate"} <= set(runs)
+    assert {found.data.tags["mlflow.parentRunId"] for found in runs.values()} == {parent.info.run_id}
+    (tokens,) = runs["train@base"].inputs.dataset_inputs
+    assert tokens.dataset.digest in (built / "dvc.lock").read_text()
+    assert {"val_loss", "val_bpb", "val_ppl"} <= set(runs["train@base"].data.metrics)
+
+
+def test_finished_models_are_registered_with_their_card_and_one_is_champion(built: Path) -> None:
+    from mlflow import MlflowClient
+
+    run(built, sys.executable, "-m", "pipelines", "promote")
+    uri = f"sqlite:///{built}/var/mlflow.db"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    for name in ("base", "sft", "chat_int8"):
+        champion = client.get_model_version_by_alias(f"llm-from-scratch-{name}", "champion")
+        assert champion.tags["digest"] == bundle.read_manifest(built / "artifacts" / "models" / name).digest
+        assert champion.description.startswith("---\n")
+    assert "up to date" in run(built, sys.executable, "-m", "pipelines", "promote").stdout
+
+
+def test_training_killed_in_the_middle_goes_on_and_leaves_no_half_bundle(built: Path) -> None:
+    before = bundle.read_manifest(built / "artifacts" / "models" / "bigram").files["model.safetensors"]
+    shutil.rmtree(built / "artifacts" / "models" / "bigram")
+    command = [sys.executable, "-m", "stages", "train", "bigram"]
+    environment = {**dvc.environment(), "PYTHONPATH": str(built / "src"), "MLFLOW_TRACKING_URI": ""}
+    process = subprocess.Popen(command, cwd=built, env=environment, start_new_session=True)
+    runs = built / "runs"
+    deadline = time.monotonic() + 120
+    while not any(runs.rglob("*.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run(built, *command)
+    assert bundle.verify(built / "artifacts" / "models" / "bigram").files["model.safetensors"] == before
+    assert not list((built / "artifacts").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"), [("models/base", "model.safetensors"), ("tokens/wikipedia_bpe", "train.bin"), ("index", "faiss.index")]
+)
+def test_a_damaged_output_is_refused_by_name_and_mended_by_the_command_it_names(built: Path, folder: str, file: str) -> None:
+    path = built / "artifacts" / folder / file
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    path.unlink()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        stage = (
+            ("quantize", "base_int8") if folder == "models/base" else ("train", "base") if folder.startswith("tokens") else ("evaluate", "")
+        )
+        done = run(built, sys.executable, "-m", "stages", *filter(None, stage), check=False)
+        assert done.returncode == 1
+        (line,) = done.stderr.strip().splitlines()[-1:]
+        assert file in line
+        assert "rebuild it with: dvc repro" in line
+    finally:
+        path.write_bytes(whole)
+
+
+def test_the_readme_is_filled_from_the_run(built: Path) -> None:
+    run(built, sys.executable, "-m", "stages", "readme")
+    metrics = json.loads((built / "reports" / "metrics.json").read_text())
+    assert f"**{metrics['ladder']['gpt']['val_bpb']:.3f}**" in (built / "README.md").read_text()
