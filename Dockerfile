@@ -7,7 +7,7 @@ FROM python:3.11-slim
 ARG TORCH_BACKEND=cpu
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git libgomp1 \
+    && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 app \
     && install --directory --owner app --group app /app /app/var /app/var/bentoml /app/var/mlflow /app/var/prefect

@@ -1,4 +1,7 @@
-"""After the graph: the marked blocks of README.md and SUMMARY.md, filled from reports/metrics.json. Not a node, as both lie outside its outputs."""
+"""After the graph: SUMMARY.md and the marked blocks of README.md, filled from reports/metrics.json.
+
+Not a node of the graph: DVC deletes an output before it is made, and most of README.md is written by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real dvc.yaml at toy size, in a clone of its own: from nothing to a report, again for nothing, and after a change no more than needed."""
+"""The real dvc.yaml at toy size, in a clone of its own: all of it, again for nothing, and after a change no more than needed."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from llm_from_scratch.inference.decoding import context_of
 from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.model.ngram import NGram
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def attention_of(engine: Engine, text: str) -> tuple[NDArray[np.float32], list[s
     """
     ids = engine.tokenizer.encode(text)
     attend = getattr(engine.model, "attention_maps", None)
-    if attend is None:
+    if isinstance(engine.model, NGram) or attend is None:
         raise ValueError(f"a {type(engine.model).__name__} has no attention to draw; choose attention, gpt or llama")
     if len(ids) > (longest := context_of(engine.model)):
         raise ValueError(f"the text is {len(ids)} tokens, the model sees {longest}; choose a shorter one")

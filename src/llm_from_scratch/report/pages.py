@@ -1,4 +1,4 @@
-"""Pages from templates: the report, the weeks, the cards, and the marked blocks of README.md. Their numbers come from metrics.json alone."""
+"""Pages from templates: the report, the weeks, the cards, and the marked blocks of README.md. All numbers come from metrics.json."""
 
 from __future__ import annotations
 

@@ -1,16 +1,14 @@
 """The BentoML service: a packaged model, opened once, behind the API of `app`. Nothing is decided here.
 
-One worker, as the model answers one request at a time. BentoML itself brings /readyz (200 once the model is open), /livez and /metrics.
+One worker, as the model answers one request at a time; torch takes all cores, or as many as OMP_NUM_THREADS says. BentoML itself brings /readyz (200 once the model is open), /livez and /metrics.
 Importing this module reads the arguments of the Bento that is being served.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import bentoml
-import torch
 from pydantic import BaseModel
 
 from llm_from_scratch.bundle import BundleError
@@ -55,5 +53,4 @@ class LanguageModel:
     check = bentoml.on_deployment(check_model)
 
     def __init__(self) -> None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         app.state.responder = Responder.open(Path(self.model.path))
