@@ -1,7 +1,7 @@
 """The BentoML service: a packaged model, opened once, behind the API of `app`. Nothing is decided here.
 
-One worker, as the model answers one request at a time; torch takes all cores, or as many as OMP_NUM_THREADS says. BentoML itself brings /readyz (200 once the model is open), /livez and /metrics.
-Importing this module reads the arguments of the Bento that is being served.
+One worker, as the model answers one request at a time; torch takes all cores, or as many as OMP_NUM_THREADS says. BentoML itself
+brings /readyz (200 once the model is open), /livez and /metrics. Importing this module reads the arguments of the Bento that is served.
 """
 
 from __future__ import annotations
