@@ -8,7 +8,7 @@ PREFECT_PORT ?= 4200
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # An empty MLFLOW_TRACKING_URI switches tracking off. Machine-local state stays under var/.
-export MLFLOW_TRACKING_URI ?= sqlite:///var/mlflow.db
+export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/var/mlflow.db
 export BENTOML_HOME ?= $(CURDIR)/var/bentoml
 export PREFECT_HOME ?= $(CURDIR)/var/prefect
 export BENTOML_DO_NOT_TRACK := True
@@ -28,7 +28,7 @@ setup: .venv/.installed ## a virtual environment with the locked packages
 
 .venv/.installed: requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or say PYTHON=/path/to/python3.11" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^uv==' requirements.lock)"
 	$(UV_ENVIRONMENT) uv pip install --quiet --requirement requirements.lock
 	$(UV_ENVIRONMENT) uv pip install --quiet --no-deps --editable .
@@ -50,7 +50,7 @@ repro: setup ## raw text to a served-ready model and a report; the second time, 
 	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme'
 
 smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
-	python -m pipelines experiment smoke
+	python -m pipelines experiment smoke -- --temp
 
 test: lint types ## lint, types and the whole test suite, the real graph at toy size in it
 	python -m pytest

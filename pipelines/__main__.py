@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -15,9 +15,6 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"pipelines {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except subprocess.CalledProcessError as error:
-        print(f"pipelines {arguments.command}: {' '.join(map(str, error.cmd[:4]))} … ended with {error.returncode}", file=sys.stderr)
-        return error.returncode
     except KeyboardInterrupt:
         return 130
 
@@ -43,14 +40,22 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="package, then answer over HTTP")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: loopback only)")
     serve.add_argument("--port", type=int, default=3000, help="port to bind (default: 3000)")
+    for closed in (package, serve):
+        closed.add_argument(
+            "--api-key-file", default="", help="where it is served, a file with the key that clients must bear (default: none)"
+        )
     serve.set_defaults(do=_serve)
     return parser
 
 
 def _rebuild(_: argparse.Namespace) -> None:
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")  # a busy machine is slow to start the temporary one
     from pipelines.rebuild import rebuild
 
-    rebuild()
+    try:
+        rebuild()
+    except RuntimeError as error:  # Prefect's word for a server that is not there
+        raise ValueError(f"{error}; start it with make prefect, or unset PREFECT_API_URL to do without") from None
 
 
 def _experiment(arguments: argparse.Namespace) -> int:
@@ -66,16 +71,16 @@ def _promote(_: argparse.Namespace) -> None:
         print(line)
 
 
-def _package(_: argparse.Namespace) -> None:
+def _package(arguments: argparse.Namespace) -> None:
     from pipelines.bento import package
 
-    print(package(Path.cwd()))
+    print(package(Path.cwd(), arguments.api_key_file))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from pipelines.bento import serve
 
-    return serve(Path.cwd(), arguments.host, arguments.port)
+    return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llm_from_scratch import tracking
 from llm_from_scratch.bundle import verify
+from stages.__main__ import git_revision
 
 VERDICT = Path("reports/verdict.json")
 STAMP = Path("var/promoted")
@@ -28,7 +29,7 @@ def promote(root: Path) -> list[str]:
     stamp = root / STAMP
     if stamp.exists() and stamp.read_text() == mark:
         return ["the registry is up to date"]
-    tracking.connect(uri, os.environ.get("REBUILD_ID", "by-hand"), revision="", digests={})
+    tracking.connect(uri, os.environ.get("REBUILD_ID", "by-hand"), git_revision(root), digests={})
     lines = _apply(root, json.loads((root / VERDICT).read_text(encoding="utf-8")))
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text(mark)
@@ -36,7 +37,6 @@ def promote(root: Path) -> list[str]:
 
 
 def _apply(root: Path, verdict: dict) -> list[str]:
-    rule = verdict["rule"]
     lines = []
     for entry in verdict["candidates"]:
         candidate = tracking.Candidate(
@@ -48,7 +48,7 @@ def _apply(root: Path, verdict: dict) -> list[str]:
             facts=entry["facts"],
         )
         number = tracking.register(candidate)
-        moved = entry["fit"] and tracking.promote(entry["name"], number, rule["metric"], rule["minimum_gain"])
+        moved = tracking.promote(entry["name"], number, **entry["rule"])
         lines.append(f"{entry['name']}: version {number}{', now champion' if moved else ''}")
     tracking.log_files("report", [root / "reports" / "report.md", root / "reports" / "metrics.json"])
     return lines

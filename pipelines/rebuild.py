@@ -1,6 +1,6 @@
 """The rebuild as a Prefect flow: one task a node of the graph, in graph order, each `dvc repro --single-item`.
 
-DVC still decides what is stale; Prefect decides when, retries what touches the world, leases the GPU, streams the logs and keeps the report.
+DVC still decides what is stale; Prefect decides when, retries what touches the world, leases the GPU, streams the log and keeps the report.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -28,6 +29,8 @@ from pipelines.promote import promote
 GPU = "gpu"
 GPU_STAGES = {"train", "finetune"}
 FLAKY = {"download": [10.0, 30.0, 60.0]}  # seconds before each retry of what touches the network
+
+LAST_LINES = 12  # of a node that failed, kept in its error
 
 EDGE = re.compile(r'"(?P<one>[^"]+)"(?:\s*->\s*"(?P<other>[^"]+)")?')
 
@@ -49,16 +52,20 @@ def ensure_gpu_limit(slots: int = 1) -> None:
             client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU, limit=slots))
 
 
+class NodeFailed(ValueError):
+    """A node of the graph did not come to its end; the message holds the last lines that it said."""
+
+
 @task(cache_policy=NO_CACHE, task_run_name="{node}")
 def reproduce(node: str) -> None:
-    """One node, if it is stale. Raises RuntimeError with the last lines that it said."""
+    """One node, if it is stale. Raises NodeFailed."""
     with lease(node):
-        said = list(stream(dvc.command("repro", "--single-item", node)))
-    if said and said[-1].startswith("exit "):
-        raise RuntimeError(f"{node} failed:\n" + "\n".join(said[-12:]))
+        status, said = stream(dvc.command("repro", "--single-item", node))
+    if status:
+        raise NodeFailed(f"{node} ended with {status}:\n" + "\n".join(said))
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, task_run_name="register")
 def register() -> None:
     """Apply evaluate's verdict to the model registry."""
     for line in promote(Path.cwd()):
@@ -67,14 +74,14 @@ def register() -> None:
 
 @flow(name="rebuild", log_prints=True)
 def rebuild() -> None:
-    """Every node of the graph, then the registry and the report. Stops at the first node that fails; a rerun goes on from there."""
-    os.environ.setdefault("REBUILD_ID", str(flow_run.get_name()))
+    """Every node of the graph, then the report and the registry. Stops at the first node that fails; a rerun goes on from there."""
+    os.environ["REBUILD_ID"] = f"{flow_run.get_name()}-{str(flow_run.get_id())[:8]}"  # a name alone comes up again after some hundred runs
     ensure_gpu_limit()
     for node in nodes_in_order(dvc.output("dag", "--dot")):
         delays = FLAKY.get(node.split("@")[0], [])
         reproduce.with_options(retries=len(delays), retry_delay_seconds=delays or None, tags=tags(node))(node)
-    register()
     keep_report(Path("reports"))
+    register()
 
 
 def tags(node: str) -> list[str]:
@@ -90,19 +97,31 @@ def lease(node: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def stream(command: list[str]) -> Iterator[str]:
-    """Run `command`, each line it says sent to the flow's log as it comes; a last line `exit N` where it failed."""
+def stream(command: list[str]) -> tuple[int, list[str]]:
+    """Run `command`, each line it says sent to the run's log as it comes; its exit status and the last of the lines.
+
+    Whatever breaks this off, a cancelled run too, ends the command with all that it started: DVC's lock is free for the next one.
+    """
     log = get_run_logger()
+    last: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=dvc.environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=dvc.environment() | {"PYTHONUNBUFFERED": "1"},  # a pipe would keep a stage's lines until it ends
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            for part in filter(None, (part.strip() for part in line.split("\r"))):
-                log.info(part)
-                yield part
-    if process.returncode:
-        yield f"exit {process.returncode}"
+        try:
+            for line in filter(None, map(str.strip, process.stdout)):
+                log.info(line)
+                last.append(line)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    return process.returncode, list(last)
 
 
 def keep_report(folder: Path) -> None:

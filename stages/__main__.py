@@ -6,6 +6,7 @@ Everything from outside enters here (arguments, environment, YAML) and goes on a
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -19,14 +20,16 @@ def main() -> int:
     parser.add_argument("name", nargs="?", default="", help="which entry of the stage's section in params.yaml")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (default: params.yaml)")
     arguments = parser.parse_args()
+    who = " ".join(filter(None, (arguments.stage, arguments.name)))
     quiet_threads()
     try:
         run(arguments.stage, arguments.name, arguments.params)
     except (ValueError, OSError) as error:
-        print(f"{arguments.stage} {arguments.name}: {error}".replace(" :", ":"), file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"{who}: {error}{'; make room, then the same command goes on' if full else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{arguments.stage} {arguments.name}: stopped; the same command goes on", file=sys.stderr)
+        print(f"{who}: stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
@@ -46,7 +49,7 @@ def run(stage: str, name: str, params_file: Path) -> None:
 
     root = params_file.resolve().parent
     params = config.parse(read_yaml(params_file), params_file.name)
-    section = getattr(params, stage, None)
+    section = params.sources if stage == "download" else getattr(params, stage, None)
     if isinstance(section, dict) and name not in section:
         raise ValueError(f"no '{name}' in {params_file.name}; {stage} has {', '.join(section)}")
     tracking.connect(
@@ -64,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, object]:
 
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path.name}: expected a mapping of sections, got {tree!r}")
@@ -80,11 +83,14 @@ def dvc_digests(root: Path) -> dict[str, str]:
 
 
 def git_revision(root: Path) -> str:
-    """The commit of the code, with a mark where the tree differs from it; empty outside a repository."""
+    """The commit of the code, with a mark where the tree differs from it; empty outside a repository or without git."""
     import subprocess
 
-    asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True, check=False)
-    return asked.stdout.strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 if __name__ == "__main__":

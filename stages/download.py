@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_from_scratch import bundle
+from llm_from_scratch import bundle, tracking
 from llm_from_scratch.data import corpora, readers, validation
 from llm_from_scratch.data.corpora import DownloadParams, Source
 from llm_from_scratch.data.documents import DOCUMENTS, Document, write_documents
@@ -29,15 +29,18 @@ def run(params: Params, name: str, root: Path) -> None:
     source, settings = params.sources[name], params.download
     logs = root / "artifacts/logs/download" / name
 
-    obtained = corpora.obtain(name, source, root / "var/downloads" / name, _route(settings), partial(_registry, settings))
+    with tracking.stage_run("download", name, source.model_dump()) as log:
+        obtained = corpora.obtain(name, source, root / "var/downloads" / name, _route(settings), partial(_registry, settings))
 
-    with bundle.writing(root / "artifacts/raw" / name) as folder:
-        corpora.place(source, obtained, folder / corpora.FILES)
-        documents = readers.read(source.reader, folder / corpora.FILES, source.validation)
-        _check(name, source, settings, documents, logs)
-        if documents:
-            write_documents(folder / DOCUMENTS, documents)
-        bundle.seal(folder, "corpus", f"download@{name}", **_facts(source, documents, folder))
+        with bundle.writing(root / "artifacts/raw" / name) as folder:
+            corpora.place(source, obtained, folder / corpora.FILES)
+            documents = readers.read(source.reader, folder / corpora.FILES, source.validation)
+            _check(name, source, settings, documents, logs)
+            if documents:
+                write_documents(folder / DOCUMENTS, documents)
+            facts = _facts(source, documents, folder)
+            bundle.seal(folder, "corpus", f"download@{name}", **facts)
+        log(0, {key: facts[key] for key in ("documents", "bytes", "validation_share")})
 
 
 def _check(name: str, source: Source, settings: DownloadParams, documents: list[Document], logs: Path) -> None:
@@ -46,6 +49,7 @@ def _check(name: str, source: Source, settings: DownloadParams, documents: list[
     report = validation.Report(True, {"passed": True, "documents": 0}, [])
     with bundle.writing(logs) as folder:
         if source.reader != "files":
+            _say(f"{name}: checking {len(documents):,} documents")
             report = validation.validate(documents, source, settings.validation, folder / "data_docs")
         (folder / "metrics.json").write_text(json.dumps(report.metric, indent=2) + "\n", encoding="utf-8")
     for failure in report.failures:
@@ -82,6 +86,7 @@ def _route(settings: DownloadParams) -> Route:
 
 
 def _registry(settings: DownloadParams) -> Any:
+    _say("asking the package registry that pip is set up for")  # it may keep quiet for minutes where there is no network
     return pip_registry([], settings.attempts, settings.timeout_seconds)
 
 

@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from llm_from_scratch import bundle, tracking
+from llm_from_scratch import bundle, progress, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import read_documents
 from llm_from_scratch.data.questions import questions
@@ -51,7 +49,7 @@ def ask(params: Params, artifacts: Path) -> tuple[dict[str, Any], list[dict[str,
     held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     asked = questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed)
 
-    with tqdm(total=len(asked) * len(CONDITIONS), desc="asking", unit=" questions", disable=None) as bar:
+    with progress.bar(total=len(asked) * len(CONDITIONS), desc="asking", unit=" questions") as bar:
         conditions = question_answering(engine.model, engine.tokenizer, index, asked, params.evaluate, progress=bar.update)
     greedy = Sampling(temperature=0.0, max_tokens=params.evaluate.answer_tokens)
     illustrated = [
@@ -104,8 +102,8 @@ def verdict(params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, 
     """Which bundles may become versions, and the rule by which a champion alias moves; `pipelines promote` applies it."""
     rows = metrics["ladder"] | metrics["finetune"] | metrics["quantize"]
     chosen = ["base", *params.finetune, *params.quantize]
+    rule = params.evaluate.promotion
     return {
-        "rule": {"metric": params.evaluate.promotion.metric, "minimum_gain": params.evaluate.promotion.minimum_gain},
         "candidates": [
             {
                 "name": f"llm-from-scratch-{model}",
@@ -114,7 +112,7 @@ def verdict(params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, 
                 "digest": manifests[model].digest,
                 "metrics": {key: value for key, value in rows[model].items() if isinstance(value, float)},
                 "facts": {"kind": manifests[model].kind, "made_by": manifests[model].made_by},
-                "fit": params.evaluate.promotion.metric in rows[model],
+                "rule": {"metric": rule.finetune_metric if model in params.finetune else rule.metric, "minimum_gain": rule.minimum_gain},
             }
             for model in chosen
         ],

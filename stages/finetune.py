@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from llm_from_scratch import bundle, data, finetune, model, tokenizer, tracking, training
+from llm_from_scratch import bundle, data, finetune, model, progress, tokenizer, tracking, training
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.chat import ChatRecord, read_records, records, split_records
 from llm_from_scratch.data.documents import DOCUMENTS, read_documents
@@ -137,7 +136,7 @@ def conversations(corpus: Path, share: float, seed: int) -> tuple[list[ChatRecor
 
 def measure(asked: Rung, words: Tokenizer, lesson: Lesson, told: Finetune) -> Standing:
     """Where the model stands on what was held out."""
-    exam = examine(Engine(asked, words), lesson.tasks, ANSWER_TOKENS, partial(tqdm, desc="ask", disable=None))
+    exam = examine(Engine(asked, words), lesson.tasks, ANSWER_TOKENS, partial(progress.bar, desc="ask"))
     return Standing(answer_loss(asked, lesson.held_out, told.batch), exam)
 
 
@@ -147,15 +146,12 @@ def glance(lesson: Lesson, told: Finetune, trained: nn.Module) -> dict[str, floa
 
 
 def effort(lesson: Lesson, fitted: Fitted) -> dict[str, float]:
-    """What training took, padding counted; where it was resumed, the time of all its parts."""
+    """What was asked, what of the records was used, and what training took, padding counted."""
     return {
         "questions": len(lesson.tasks),
         "records_cut": lesson.train.cut,
         "records_skipped": lesson.train.skipped,
-        "tokens_seen": fitted.tokens,
-        "seconds": round(fitted.seconds, 3),
-        "tok_per_s": round(fitted.tok_per_s, 1),
-        "resumed_at": fitted.resumed_at,
+        **fitted.metrics(),
     }
 
 

@@ -8,9 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from llm_from_scratch import bundle, tracking
+from llm_from_scratch import bundle, progress, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import read_documents
 from llm_from_scratch.retrieval import embed
@@ -31,7 +29,7 @@ def run(params: Params, name: str, root: Path) -> None:
 
     with tracking.stage_run(stage="index", name=name, params=wanted.model_dump(), reads=reads) as log:
         started = time.perf_counter()
-        with tqdm(total=len(texts), desc="embedding", unit=" passages", disable=None) as bar:
+        with progress.bar(total=len(texts), desc="embedding", unit=" passages") as bar:
             embedded = embed_in_parts(embedder, texts, wanted.batch, journal, bar.update)
         seconds = time.perf_counter() - started
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
-from llm_from_scratch import bundle, tokenizer, tracking
+from llm_from_scratch import bundle, progress, tokenizer, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.shards import Ids, open_shards
 from llm_from_scratch.evaluation.compare import compare
@@ -87,8 +86,8 @@ def measure(plain: nn.Module, small: nn.Module, ruler: Ruler, params: Params) ->
     """What quantizing gained in room and time, and what it cost in likelihood. Names ending in _fp32 are of the model before."""
     metrics: dict[str, float] = {}
     for ending, model in (("_fp32", plain), ("", small)):
-        progress = with_arguments(tqdm, desc=f"score{ending}", disable=None)
-        found = score(model, ruler.held_out, ruler.words.token_bytes(), ruler.context, BATCH, progress)
+        bar = with_arguments(progress.bar, desc=f"score{ending}")
+        found = score(model, ruler.held_out, ruler.words.token_bytes(), ruler.context, BATCH, bar)
         speed = latency(model, ruler.held_out[:PROMPT].tolist(), params.evaluate.latency_tokens, params.evaluate.latency_repeats)
         row: dict[str, Any] = found.metrics() | {"p50_ms": round(speed.p50_ms, 3), "tok_per_s": round(speed.tok_per_s, 1)}
         metrics |= {key + ending: value for key, value in row.items()}
@@ -113,9 +112,7 @@ def _ruler(rung: TrainParams, source: Path, tokens: Path) -> Ruler:
 
 def _rung(params: Params, model: str) -> TrainParams:
     """The rung that a model is, or was fine-tuned from. Raises ValueError for the n-gram."""
-    while model not in params.train:
-        model = params.finetune[model].model
-    rung = params.train[model]
+    rung = params.rung_of(model)
     if isinstance(rung, NgramTrainParams):
         raise ValueError(f"quantize: {model} is an n-gram and has no linear layer; choose a gpt or a llama")
     return rung

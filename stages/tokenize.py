@@ -8,9 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tqdm import tqdm
-
-from llm_from_scratch import bundle, tracking
+from llm_from_scratch import bundle, progress, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import Split, read_documents
 from llm_from_scratch.data.shards import open_shards, write_lengths, write_shards
@@ -31,7 +29,7 @@ def run(params: Params, name: str, root: Path) -> None:
         with bundle.writing(target) as folder:
             tokenizer.save(folder)
             splits: tuple[Split, Split] = ("train", "validation")
-            texts = {split: tqdm(read(source, split), desc=f"encode {split}", unit=" documents", disable=None) for split in splits}
+            texts = {split: shown(read(source, split), f"encode {split}") for split in splits}
             facts = write_shards(folder, texts, tokenizer.encode_batch, tokenizer.eot, tokenizer.vocab_size)
             facts |= {"corpus": settings.corpus, "tokenizer": settings.kind, "tokenizer_digest": digest(folder)}
             bundle.seal(folder, "tokens", f"tokenize@{name}", {"corpus": corpus.digest}, **facts)
@@ -51,17 +49,22 @@ def learn(settings: TokenizeParams, source: Path) -> Tokenizer:
     byte would no longer be over the same bytes. Which characters exist tells a model nothing about the text.
     """
     texts = read(source, None if settings.kind == "char" else "train")
-    with tqdm(desc="merges", total=0, disable=None) as bar:
+    with progress.bar(desc="merges", total=0, disable=settings.kind == "char") as bar:
 
-        def progress(done: int, total: int) -> None:
+        def merged(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return train(settings, texts, progress)
+        return train(settings, texts, merged)
 
 
 def read(source: Path, split: Split | None) -> Iterator[str]:
     return (document.text for document in read_documents(source, split))
+
+
+def shown(texts: Iterator[str], title: str) -> Iterator[str]:
+    """The texts, with a bar that begins when the first is asked for."""
+    yield from progress.bar(texts, desc=title, unit=" documents")
 
 
 def measured(facts: dict[str, Any]) -> dict[str, float]:

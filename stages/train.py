@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from llm_from_scratch import bundle, model, tokenizer, tracking, training
+from llm_from_scratch import bundle, model, progress, tokenizer, tracking, training
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.shards import Ids, Shards, open_shards
 from llm_from_scratch.evaluation.likelihood import Likelihood, score
@@ -76,7 +75,7 @@ def run(params: Params, name: str, root: Path) -> None:
 
     prompt = shards.val[:PROMPT].tolist()
     with bundle.writing(root / "artifacts/logs/train" / name) as partial:
-        metrics = {**found.metrics(), **measured(fitted), **facts, "context": context_of(rung), "size_mb": round(size_mb(folder), 3)}
+        metrics = {**found.metrics(), **fitted.metrics(), **facts, "context": context_of(rung), "size_mb": round(size_mb(folder), 3)}
         (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         (partial / "sample.txt").write_text(words.decode(prompt + list(generate(made, prompt, SAMPLE, words.eot))), encoding="utf-8")
         write_curve(partial / "curve.csv", curve)
@@ -96,7 +95,7 @@ def learn(rung: TrainParams, shards: Shards, words: Tokenizer, journal: Journal,
         return measure(model, held_out[:GLANCE]).metrics()
 
     fitted = fit(made, batches, next_token, rung, log, journal, glance, device, progress=True)
-    found = measure(made, held_out, progress=functools.partial(tqdm, desc="score", disable=None))
+    found = measure(made, held_out, progress=functools.partial(progress.bar, desc="score"))
     return made.cpu(), fitted, found
 
 
@@ -106,16 +105,6 @@ def count(rung: NgramTrainParams, shards: Shards, words: Tokenizer) -> tuple[NGr
     made = NGram.train(shards.train, words.vocab_size, rung.model.order)
     fitted = Fitted(tokens=len(shards.train), seconds=perf_counter() - started, resumed_at=0, curve=[])
     return made, fitted, score(made, _held_out(rung, shards), words.token_bytes(), rung.model.order)
-
-
-def measured(fitted: Fitted) -> dict[str, float]:
-    """What training took; where it was resumed, the time of all its parts."""
-    return {
-        "tokens_seen": fitted.tokens,
-        "seconds": round(fitted.seconds, 3),
-        "tok_per_s": round(fitted.tok_per_s, 1),
-        "resumed_at": fitted.resumed_at,
-    }
 
 
 def card(name: str, tokens: str, facts: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,11 @@ def make(folder: Path, text: str = "hello", **parents: str) -> bundle.Manifest:
         (partial / "inner").mkdir()
         (partial / "inner" / "text.txt").write_text(text)
         return bundle.seal(partial, "tokens", "tokenize@x", parents, count=3)
+
+
+def write_half(folder: Path) -> None:
+    (folder / "half").write_text("half")
+    raise RuntimeError
 
 
 def test_a_manifest_holds_the_sha256_of_each_file_and_nothing_of_when_or_where(tmp_path: Path) -> None:
@@ -47,7 +52,7 @@ def test_a_missing_or_an_extra_file_is_refused(tmp_path: Path) -> None:
         bundle.verify(tmp_path / "one")
     (tmp_path / "one" / "extra").unlink()
     (tmp_path / "one" / "inner" / "text.txt").unlink()
-    with pytest.raises(bundle.BundleError, match="text.txt is missing"):
+    with pytest.raises(bundle.BundleError, match=r"text.txt is missing"):
         bundle.verify(tmp_path / "one")
 
 
@@ -55,7 +60,7 @@ def test_another_kind_is_refused_and_a_missing_bundle_says_what_builds_it(tmp_pa
     make(tmp_path / "one")
     with pytest.raises(bundle.BundleError, match="found a bundle of kind 'tokens', wanted model or quantized"):
         bundle.verify(tmp_path / "one", "model", "quantized")
-    with pytest.raises(bundle.BundleError, match="no finished bundle in .*two; dvc repro builds it"):
+    with pytest.raises(bundle.BundleError, match=r"no finished bundle in .*two; dvc repro builds it"):
         bundle.verify(tmp_path / "two")
 
 
@@ -70,9 +75,27 @@ def test_a_foreign_parent_is_refused_with_both_digests(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_the_old_bundle_and_nothing_half_done(tmp_path: Path) -> None:
     made = make(tmp_path / "one")
     with pytest.raises(RuntimeError), bundle.writing(tmp_path / "one") as partial:
-        (partial / "half").write_text("half")
-        raise RuntimeError
+        write_half(partial)
     assert bundle.verify(tmp_path / "one") == made
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_kill_while_the_old_bundle_is_taken_away_leaves_the_new_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to be removed file by file in its own place, and a kill left the manifest of a folder that had lost its files."""
+    make(tmp_path / "one")
+
+    def killed_in_the_middle(folder: Path, **_: object) -> None:
+        for path in folder.rglob("*.txt"):
+            path.unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle.shutil, "rmtree", killed_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "one", "hello again")
+    assert bundle.verify(tmp_path / "one").files == {"inner/text.txt": hashlib.sha256(b"hello again").hexdigest()}
+
+    monkeypatch.undo()
+    make(tmp_path / "one")
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
@@ -108,13 +131,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("what", ["tensors", "text"])
-def test_a_full_disk_is_an_os_error_that_leaves_the_old_bundle_whole(small_disk: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: bundle.save_tensors(path, {"w": torch.zeros(1024, 1024)}), lambda path: path.write_bytes(os.urandom(2 << 20))],
+    ids=["tensors", "bytes"],
+)
+def test_a_full_disk_is_an_os_error_that_leaves_the_old_bundle_whole(small_disk: Path, write: Callable[[Path], object]) -> None:
     made = make(small_disk / "one")
     with pytest.raises(OSError, match="No space left on device"), bundle.writing(small_disk / "one") as partial:
-        if what == "tensors":
-            bundle.save_tensors(partial / "model.safetensors", {"w": torch.zeros(1024, 1024)})
-        else:
-            (partial / "big").write_bytes(os.urandom(2 << 20))
+        write(partial / "big")
     assert bundle.verify(small_disk / "one") == made
     assert [path.name for path in small_disk.iterdir()] == ["one"]

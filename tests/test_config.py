@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from llm_from_scratch import config
+from stages import __main__ as command
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +34,7 @@ def changed(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 def test_the_shipped_params_are_sound(shipped: dict[str, Any]) -> None:
     params = config.parse(shipped, "params.yaml")
-    assert params.tokens_of("chat_int8") == params.train["base"].tokens
+    assert params.rung_of("chat_int8") is params.train["base"]
 
 
 @pytest.mark.parametrize("profile", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
@@ -57,8 +58,11 @@ def test_every_profile_is_an_overlay_of_sound_params(shipped: dict[str, Any], pr
         ("train.base.model.width", "wide", "params.yaml: train.base.model.width: expected a whole number, got 'wide'"),
         ("train.ngram.model.order", "six", "params.yaml: train.ngram.model.order: expected a whole number, got 'six'"),
         ("train.base.tokens", "nowhere", "params.yaml: train.base.tokens: no 'nowhere'; there is shakespeare_char, "),
+        ("serve.model", "lora", "params.yaml: serve.model: no 'lora'; there is ngram, "),
+        ("finetune.lora.model", "lora", "params.yaml: finetune.lora.model: no 'lora'; there is ngram, "),
         ("download.fetch", ["shakespear"], "params.yaml: download.fetch.0: no 'shakespear'; there is shakespeare, "),
         ("sources.wikipedia.kind", "ftp", "params.yaml: sources.wikipedia"),
+        ("finetune.sft.records", "nowhere", "params.yaml: finetune.sft.records: no 'nowhere'; there is shakespeare, "),
         ("evaluate", None, "params.yaml: evaluate: expected a mapping, got None"),
     ],
 )
@@ -94,6 +98,12 @@ def test_a_stage_refuses_bad_params_in_one_line_before_any_work(shipped: dict[st
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
+def test_params_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"train: \xff\n")
+    with pytest.raises(ValueError, match=r"^params.yaml: .*can't decode byte 0xff"):
+        command.read_yaml(tmp_path / "params.yaml")
+
+
 def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("train: {base: [1, 2\n")
     run = subprocess.run(
@@ -103,6 +113,37 @@ def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert len(run.stderr.strip().splitlines()) == 1
     assert "params.yaml" in run.stderr
+
+
+@pytest.mark.parametrize(("stage", "known"), [("download", "shakespeare, "), ("train", "ngram, ")])
+def test_a_name_that_params_have_not_is_answered_with_those_they_have(stage: str, known: str) -> None:
+    with pytest.raises(ValueError, match=f"no 'nobody' in params.yaml; {stage} has {known}"):
+        command.run(stage, "nobody", ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a : b"), "train base: a : b"),
+        (OSError(28, "No space"), "train base: [Errno 28] No space; make room, then the same command goes on"),
+    ],
+    ids=["as it was said", "disk full"],
+)
+def test_an_error_is_one_line_for_a_person(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["stages", "train", "base"])
+    assert command.main() == 1
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_code_without_git_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.git_revision(tmp_path) == ""
 
 
 def test_help_is_instant() -> None:

@@ -497,7 +497,14 @@ def test_rows_of_parquet_are_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reader", "content"), [("jsonl", "{broken"), ("jsonl", '{"title": "x"}'), ("wiki_summaries", '{"a": {}}'), ("text", b"\xff\xfe\x00")]
+    ("reader", "content"),
+    [
+        ("jsonl", "{broken"),
+        ("jsonl", '{"title": "x"}'),
+        ("wiki_summaries", '{"a": {}}'),
+        ("wiki_summaries", '{"a": {"title": "A", "extract": null, "description": "", "topic": ""}}'),
+        ("text", b"\xff\xfe\x00"),
+    ],
 )
 def test_a_file_in_another_form_is_named_in_one_line(tmp_path: Path, reader: readers.ReaderName, content: bytes | str) -> None:
     with pytest.raises(readers.ReadError, match=r"^odd\.file: wanted .*; correct `reader` in params.yaml$"):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import TypeAdapter
 
-from llm_from_scratch import bundle
+from llm_from_scratch import bundle, tracking
 from llm_from_scratch.data import documents, readers, validation
 from llm_from_scratch.data.corpora import DownloadParams, Source
 from llm_from_scratch.data.documents import Document
@@ -255,6 +255,23 @@ def test_the_stage_seals_a_validated_corpus_and_the_same_source_gives_the_same_b
     held_out = list(documents.read_documents(tmp_path / "one/artifacts/raw/letters", "validation"))
     assert facts["validation_share"] == pytest.approx(len(held_out) / 8, abs=0.05)
     assert json.loads((tmp_path / "one/artifacts/logs/download/letters/metrics.json").read_text())["passed"]
+
+
+def test_the_stage_says_what_it_does_and_leaves_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.connect(uri, rebuild="tuesday", revision="", digests={})
+    try:
+        download.run(stage_params(tmp_path, json_lines(*(prose(seed) for seed in range(8)))), "letters", tmp_path)
+    finally:
+        tracking.connect("", "", "", {})
+    assert "letters: checking 8 documents" in capsys.readouterr().err
+    client = MlflowClient(tracking_uri=uri)
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    (run,) = [run for run in found if run.info.run_name == "download@letters"]
+    assert run.data.metrics["documents"] == 8
+    assert run.data.params["licence"] == "CC0-1.0"
 
 
 def test_the_stage_places_nothing_when_a_critical_check_fails_and_shows_the_rows(tmp_path: Path) -> None:

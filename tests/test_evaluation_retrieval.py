@@ -63,7 +63,7 @@ PARAMS = EvaluateParams(
     sample_prompt="x",
     sample_tokens=1,
     sample_temperature=0.0,
-    promotion=PromotionParams(model="none", metric="val_bpb", minimum_gain=0.0),
+    promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", minimum_gain=0.0),
 )
 
 

@@ -41,8 +41,13 @@ def git(clone: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tree as it is now, uncommitted changes too, in a repository of its own, with what was downloaded here as its mirror."""
+    """The tree as it is now, uncommitted changes too, in a repository of its own. What this checkout has downloaded is its mirror."""
     folder = tmp_path_factory.mktemp("graph") / "clone"
+    mirror = folder.parent / "mirror"
+    mirror.mkdir()
+    for archive in (ROOT / "var" / "downloads").glob("*/*"):
+        if archive.suffix in {".whl", ".gz"}:
+            (mirror / archive.name).symlink_to(archive)
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +55,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     git(folder.parent, "init", "--quiet", "--initial-branch=main", "clone")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "as it is")
-    downloads = ROOT / "var" / "downloads"
-    if downloads.is_dir():
-        os.environ["LLM_MIRROR"] = str(downloads)
+    os.environ["LLM_MIRROR"] = str(mirror)
     yield folder
-    os.environ.pop("LLM_MIRROR", None)
+    del os.environ["LLM_MIRROR"]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
 from llm_from_scratch.serving.app import create_app
+from llm_from_scratch.serving.auth import read_key
 from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Check, Lane
 from llm_from_scratch.serving.limits import ServeParams
@@ -228,6 +229,32 @@ def test_an_app_without_its_model_yet_says_so() -> None:
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
 
 
+def test_with_a_key_only_who_bears_it_is_answered(engine: Engine, index: Index) -> None:
+    with TestClient(create_app(Responder(engine, index, LIMITS, "fp_test"), key="sk-123")) as browser:
+        knows, guesses = (
+            OpenAI(base_url="http://testserver/v1", api_key=key, http_client=browser, max_retries=0) for key in ("sk-123", "sk")
+        )
+        assert knows.completions.create(model="tiny", prompt="a", max_tokens=1).usage is not None
+        for ask in (guesses.models.list, lambda: guesses.completions.create(model="tiny", prompt="a")):
+            with pytest.raises(openai.AuthenticationError, match="wants its API key") as caught:
+                ask()
+            assert caught.value.code == "invalid_api_key"
+        assert browser.post("/ask", json={"question": "What is a cat?"}).status_code == 401
+        assert browser.post("/ask", json={}, headers={"Authorization": b"Bearer \xe9"}).status_code == 401
+        assert browser.get("/").status_code == 200
+
+
+def test_a_key_file_holds_one_key_or_the_server_does_not_open(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-123\n")
+    assert read_key(tmp_path / "key") == "sk-123"
+    for content, complaint in {"": "holds no API key", "a b": "holds more than one word", "é": "not plain ASCII"}.items():
+        (tmp_path / "wrong").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"wrong.*{complaint}.*; write one line"):
+            read_key(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="No such file"):
+        read_key(tmp_path / "none")
+
+
 def test_a_failure_of_ours_tells_the_client_nothing_of_our_insides(engine: Engine, index: Index) -> None:
     other = Responder(engine, index, LIMITS, "fp_test")
     other.engine = None
@@ -343,11 +370,16 @@ def test_what_the_work_raises_reaches_who_waits_for_it() -> None:
     run(scenario())
 
 
-async def hang_up_on(app: Any, path: str, body: dict[str, Any], after: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
-    """What was sent to a client that leaves once `after` is true of it. ASGI by hand, as test clients wait for the whole answer."""
+async def hang_up_on(
+    app: Any, path: str, body: dict[str, Any], after: Callable[[list[dict[str, Any]]], bool], unfinished: bool = False
+) -> list[dict[str, Any]]:
+    """What was sent to a client that leaves once `after` is true of it, or in the middle of its `unfinished` body.
+
+    ASGI by hand, as test clients wait for the whole answer.
+    """
     sent: list[dict[str, Any]] = []
     left = asyncio.Event()
-    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": unfinished}])
 
     async def receive() -> dict[str, Any]:
         if (message := next(messages, None)) is not None:
@@ -387,6 +419,17 @@ def test_a_client_that_hangs_up_stops_its_answer(stream: bool, engine: Engine, i
     begin = time.monotonic()
     run(scenario())
     assert time.monotonic() - begin < 30
+
+
+def test_a_client_that_leaves_before_its_request_is_whole_is_no_failure_of_ours(engine: Engine, index: Index) -> None:
+    """Every such client used to leave a traceback in the log."""
+
+    async def scenario() -> None:
+        app = create_app(Responder(engine, index, LIMITS, "fp_test"))
+        sent = await hang_up_on(app, "/ask", {"question": "What"}, lambda sent: not sent, unfinished=True)
+        assert sent[0]["status"] == 499
+
+    run(scenario())
 
 
 def test_a_question_breaks_off_in_the_middle_of_its_answer_too(parts: Parts, index: Index, tmp_path: Path) -> None:
@@ -599,6 +642,35 @@ def test_a_stored_model_with_a_flipped_bit_is_one_clear_error_before_anything_li
 
     assert tried.returncode != 0
     assert "model.safetensors: sha256 is" in tried.stderr
+    assert "Traceback" not in tried.stderr
+
+
+@pytest.mark.slow
+def test_a_bento_that_wants_a_key_does_not_open_without_one(built: Built) -> None:
+    """`bentoml serve --arg` would be dropped without a word, and everybody let in: the Bento itself has to know of the key."""
+    here = {name: value for name, value in built.environment.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "bentoml", "build", "src", "-f", "bentofile.yaml", "--output", "tag"]
+    closed = subprocess.run(
+        [*command, "--arg", f"model={built.models[0]}", "--arg", "api_key_file=/nowhere/key"],
+        cwd=ROOT,
+        env=here,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout.rpartition("__tag__:")[2]
+    tried = subprocess.run(
+        [sys.executable, "-m", "bentoml", "serve", closed.strip(), "--port", str(_free_port())],
+        cwd=built.elsewhere,
+        env=built.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert tried.returncode != 0
+    assert "cannot read an API key from /nowhere/key (No such file or directory)" in tried.stderr
     assert "Traceback" not in tried.stderr
 
 

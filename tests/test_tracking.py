@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from llm_from_scratch import tracking
 
@@ -58,6 +59,25 @@ def test_the_champion_moves_only_for_a_gain_beyond_the_rule(store: MlflowClient,
     assert champion is not None
     assert champion.tags["digest"] == "three"
     assert champion.description == "# card of three"
+
+
+def test_a_store_that_cannot_be_asked_is_not_taken_for_one_without_a_champion(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.champion_of("base") is None
+
+    def busy(self: MlflowClient, name: str, alias: str) -> None:
+        raise MlflowException("database is locked")
+
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", busy)
+    with pytest.raises(ValueError, match="locked"):
+        tracking.promote("base", "1", "val_bpb", 0.01)
+
+
+def test_a_champion_without_the_rules_metric_is_not_replaced_in_silence(store: MlflowClient, tmp_path: Path) -> None:
+    """It used to be a KeyError."""
+    versions = [tracking.register(candidate(tmp_path, *made)) for made in (("one", 2.0), ("two", 1.9))]
+    assert tracking.promote("base", versions[0], "accuracy", 0.01)
+    with pytest.raises(ValueError, match="base, version 1, has no accuracy to compare by"):
+        tracking.promote("base", versions[1], "accuracy", 0.01)
 
 
 def test_the_same_bundle_is_one_version_however_often_it_is_registered(store: MlflowClient, tmp_path: Path) -> None:

@@ -353,6 +353,14 @@ def test_the_log_gets_a_row_every_twenty_steps_and_wherever_something_was_evalua
     assert done.curve == [{"step": step, **row} for step, row in rows.items()]
 
 
+def test_where_a_run_stands_is_told_in_lines_also_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tiny(), windows(counting(), 8, 4, 1), next_token, plan(), progress=True)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("train:   0% 0/60 [")
+    assert last.startswith("train: 100% 60/60 [")
+    assert "loss=" in last
+
+
 def test_the_curve_is_a_table_that_says_nothing_where_nothing_was_measured(tmp_path: Path) -> None:
     write_curve(
         tmp_path / "curve.csv", [{"step": 20, "train_loss": 2.5, "tok_per_s": 9.0}, {"step": 25, "train_loss": 2.0, "val_loss": 1.5}]
@@ -521,6 +529,38 @@ def test_two_runs_of_the_stage_make_the_same_bundle_to_the_last_bit(tmp_path: Pa
         train.run(params(rung=GPT), "rung", tmp_path / place)
         digests.append(bundle.verify(tmp_path / place / "artifacts/models/rung").digest)
     assert digests[0] == digests[1]
+
+
+def test_a_stage_that_died_goes_on_to_the_same_bundle_curve_sample_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(*arguments: Any) -> Any:
+        at = windows(*arguments)
+
+        def or_die(step: int) -> Batch:
+            if step == 47:
+                raise KeyboardInterrupt
+            return at(step)
+
+        return or_die
+
+    outcomes = []
+    for place, dies in (("straight", False), ("stopped", True)):
+        root = tmp_path / place
+        tokens_in(root)
+        if dies:
+            with monkeypatch.context() as patched:
+                patched.setattr(train, "windows", dying)
+                with pytest.raises(KeyboardInterrupt):
+                    train.run(params(rung=GPT), "rung", root)
+            assert not (root / "artifacts/models/rung").exists()
+        train.run(params(rung=GPT), "rung", root)
+        logs = root / "artifacts/logs/train/rung"
+        metrics = json.loads((logs / "metrics.json").read_text())
+        assert metrics.pop("resumed_at") == (40 if dies else 0)
+        del metrics["seconds"], metrics["tok_per_s"]
+        files = [(logs / name).read_bytes() for name in ("curve.csv", "sample.txt")]
+        outcomes.append((bundle.verify(root / "artifacts/models/rung").digest, metrics, files))
+        assert not list((root / "runs").glob("*"))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_the_stage_refuses_what_it_cannot_train_on(tmp_path: Path) -> None:

@@ -115,6 +115,17 @@ def test_a_stopped_run_ends_in_the_same_bits_and_the_same_curve(tmp_path: Path, 
     assert rest.tokens == whole.tokens == 50 * 4 * 8
 
 
+def test_a_resumed_run_logs_the_whole_curve_so_that_its_picture_has_no_hole(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fit(forgetful(), batches(dies_at=30), next_token, plan(), journal=Journal(tmp_path), evaluate=evaluate)
+    rows: list[dict[str, float]] = []
+    rest = fit(
+        forgetful(), batches(), next_token, plan(), lambda step, row: rows.append({"step": step, **row}), Journal(tmp_path), evaluate
+    )
+    assert [row["step"] for row in rows] == [15, 20, 30, 40, 45, 50]
+    assert rows == rest.curve
+
+
 def test_a_finished_run_is_read_back_without_a_step(tmp_path: Path) -> None:
     model, again = forgetful(), forgetful()
     done = fit(model, batches(), next_token, plan(), journal=Journal(tmp_path))

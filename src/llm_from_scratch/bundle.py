@@ -53,18 +53,24 @@ class Manifest:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """A temporary sibling to write into, moved to `folder` when the block ends well and removed when it does not."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A temporary sibling to write into, moved to `folder` when the block ends well and removed when it does not.
+
+    What was there before is moved aside whole: removed in its place, a kill would leave half of it under its own manifest.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         _flush(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            os.replace(folder, old)
         os.replace(partial, folder)
         _flush_directory(folder.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def seal(folder: Path, kind: str, made_by: str, parents: Mapping[str, str] | None = None, /, **facts: Any) -> Manifest:

@@ -52,24 +52,25 @@ class Params(Section):
 
     @model_validator(mode="after")
     def names_lead_somewhere(self) -> Params:
-        if wrong := [line for line in self._dangling()]:
+        if wrong := list(self._dangling()):
             raise ValueError("\n".join(wrong))
         return self
 
-    def tokens_of(self, model: str) -> str:
-        """The name of the tokens that `model`, or whatever it was made from, was trained on."""
+    def rung_of(self, model: str) -> RungParams:
+        """The rung that `model` is, or was made from."""
         while model not in self.train:
             model = self.finetune[model].model if model in self.finetune else self.quantize[model].model
-        return self.train[model].tokens
+        return self.train[model]
 
     def _dangling(self) -> Iterator[str]:
-        models = [*self.train, *self.finetune]
+        models = [*self.train, *(name for name, entry in self.finetune.items() if entry.method != "lora")]  # an adapter is no whole model
         links: list[tuple[str, str, list[str]]] = [
             *((f"download.fetch.{place}", name, list(self.sources)) for place, name in enumerate(self.download.fetch)),
             *((f"tokenize.{name}.corpus", entry.corpus, self.download.fetch) for name, entry in self.tokenize.items()),
             *((f"train.{name}.tokens", entry.tokens, list(self.tokenize)) for name, entry in self.train.items()),
             *((f"quantize.{name}.model", entry.model, models) for name, entry in self.quantize.items()),
             *((f"finetune.{name}.model", entry.model, models) for name, entry in self.finetune.items()),
+            *((f"finetune.{name}.records", entry.records, self.download.fetch) for name, entry in self.finetune.items()),
             ("index.documents", self.index.documents, self.download.fetch),
             ("index.embedder", self.index.embedder, self.download.fetch),
             ("serve.model", self.serve.model, [*models, *self.quantize]),

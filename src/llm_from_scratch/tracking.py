@@ -85,6 +85,18 @@ class Candidate:
     facts: Mapping[str, str]
 
 
+@contextmanager
+def _registry() -> Iterator[None]:
+    """What the store raises as one line: unlike a log, a registry that fails is a failure."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # sqlite's, HTTP's or MLflow's own
+        raise ValueError(f"MLflow at {_connection.uri}: {' '.join(str(error).split())[:200]}") from None
+
+
+@_registry()
 def register(candidate: Candidate) -> str:
     """The version number of `candidate`, made if no version has its digest yet; the card becomes its description."""
     client = _client()
@@ -105,16 +117,26 @@ def register(candidate: Candidate) -> str:
     return str(made.version)
 
 
+@_registry()
 def promote(name: str, number: str, metric: str, minimum_gain: float) -> bool:
-    """Move the champion alias to version `number` if its `metric` is lower than the champion's by `minimum_gain`; say whether it moved."""
+    """Move the champion alias to version `number` if its `metric` is lower than the champion's by `minimum_gain`; say whether it moved.
+
+    Raises ValueError where one of them has no such metric.
+    """
     client = _client()
     champion = champion_of(name)
     if champion is not None:
-        held, offered = (float(version.tags[f"metric.{metric}"]) for version in (champion, client.get_model_version(name, number)))
+        held, offered = (_metric(version, metric) for version in (champion, client.get_model_version(name, number)))
         if champion.version == number or held - offered < minimum_gain:
             return False
     client.set_registered_model_alias(name, CHAMPION, number)
     return True
+
+
+def _metric(version: ModelVersion, metric: str) -> float:
+    if (value := version.tags.get(f"metric.{metric}")) is None:
+        raise ValueError(f"{version.name}, version {version.version}, has no {metric} to compare by; move the champion alias by hand once")
+    return float(value)
 
 
 def champion_of(name: str) -> ModelVersion | None:
@@ -123,7 +145,9 @@ def champion_of(name: str) -> ModelVersion | None:
 
     try:
         return _client().get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:  # the latter for an alias that was never set
+            raise
         return None
 
 

@@ -16,8 +16,8 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-from tqdm import tqdm
 
+from llm_from_scratch import progress
 from llm_from_scratch.bundle import file_digest
 
 CHUNK = 1 << 16  # bytes; at most this much is lost when a connection breaks
@@ -193,7 +193,7 @@ def _transfer(url: str, get: Get, partial: Path) -> bool:
         total = start + int(length) if length else None
         with (
             partial.open("ab" if start else "wb") as file,
-            tqdm(total=total, initial=start, desc=partial.stem, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+            progress.bar(total=total, initial=start, desc=partial.stem, unit="B", unit_scale=True, leave=False) as bar,
         ):
             for chunk in _chunks(response):
                 file.write(chunk)

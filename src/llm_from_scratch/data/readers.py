@@ -55,9 +55,7 @@ def wiki_summaries(paths: Iterable[Path]) -> Iterator[Document]:
     """Introductions of encyclopedia articles: a JSON object of objects with title, extract, description and topic."""
     for path in paths:
         with _naming(path, "an object of objects with title, extract, description and topic"):
-            entries = [(each["title"], each["extract"], each["description"], each["topic"]) for each in json.loads(_text(path)).values()]
-        for title, extract, description, topic in entries:
-            yield Document(slug(title), title, extract.strip() + "\n", description=description, topic=topic)
+            yield from (_entry(each) for each in json.loads(_text(path)).values())
 
 
 def text(paths: Iterable[Path]) -> Iterator[Document]:
@@ -117,6 +115,11 @@ def _pieces(text: str, count: int) -> list[str]:
         runs.setdefault(offset * count // max(1, len(text)), []).append(paragraph)
         offset += len(paragraph) + 2
     return ["\n\n".join(run).strip("\n") + "\n" for run in runs.values()]
+
+
+def _entry(entry: dict[str, str]) -> Document:
+    text = entry["extract"].strip() + "\n"
+    return Document(slug(entry["title"]), entry["title"], text, description=entry["description"], topic=entry["topic"])
 
 
 def _row(path: Path, number: int, row: dict[str, Any]) -> Document:

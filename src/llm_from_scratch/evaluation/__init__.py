@@ -8,10 +8,10 @@ from llm_from_scratch.section import Section
 
 
 class PromotionParams(Section):
-    """When the champion alias moves: `model` has to beat the champion's `metric` (lower is better) by `minimum_gain`."""
+    """When a champion alias moves: the new version has to beat the champion's metric (lower is better) by `minimum_gain`."""
 
-    model: str
     metric: str
+    finetune_metric: str
     minimum_gain: float = Field(ge=0)
 
 

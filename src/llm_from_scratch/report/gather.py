@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def rounded(tree: Any, digits: int = 6) -> Any:
 def ladder_faults(bits: Mapping[str, float], honest: str) -> list[str]:
     """The rungs that do not beat the one before them, the `honest` exception left out: what the report must admit."""
     rungs = [name for name in bits if name != honest]
-    return [later for earlier, later in zip(rungs, rungs[1:], strict=False) if bits[later] >= bits[earlier]]
+    return [later for earlier, later in pairwise(rungs) if bits[later] >= bits[earlier]]
 
 
 def write(path: Path, tree: Tree) -> None:

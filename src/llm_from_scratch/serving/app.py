@@ -1,7 +1,7 @@
 """The API on plain FastAPI: bytes in, bytes out, and every refusal in OpenAI's shape.
 
 Bodies are read by hand, with a limit, because a framework's own errors have another shape. BentoML wants the app before there is a
-model, so the responder may come later: `app.state.responder`.
+model, so the responder may come later: `app.state.responder`. So may the API key that requests must bear: `app.state.key`, "" for none.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from llm_from_scratch.inference.engine import Piece
+from llm_from_scratch.serving.auth import require_key
 from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Job
 from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, parse
@@ -29,10 +31,11 @@ UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """For proxies in between, which would keep a stream until it is complete."""
 
 
-def create_app(responder: Responder | None = None) -> FastAPI:
+def create_app(responder: Responder | None = None, key: str = "") -> FastAPI:
     """The API. Without a responder it answers 503 until `app.state.responder` is set."""
     app = FastAPI(title="llm-from-scratch", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.responder = responder
+    app.state.key = key
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
@@ -122,15 +125,18 @@ async def _frames(reply: Reply, first: Piece, rest: AsyncIterator[Piece], includ
 
 
 async def _body(request: Request) -> bytes:
-    """The body, read no further than the limit. Raises ApiError 413."""
+    """The body, read no further than the limit. Raises ApiError 413, and 499 where the client leaves before it is whole."""
     limit = _responder(request).limits.maximum_body_bytes
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise ApiError(413, f"the body is longer than {limit} bytes; send less", "request_too_large")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise ApiError(413, f"the body is longer than {limit} bytes; send less", "request_too_large")
+            parts.append(part)
+    except ClientDisconnect:
+        raise ApiError(499, "the client left before its request was complete", "client_closed_request") from None
     return b"".join(parts)
 
 
@@ -151,6 +157,8 @@ async def _stopped_when_gone(request: Request, job: Job[Any]) -> AsyncIterator[N
 
 
 def _responder(request: Request) -> Responder:
+    """Every way to the model leads through here, and past the key. Raises ApiError 401, and 503 before there is a model."""
+    require_key(request.headers.get("Authorization", ""), request.app.state.key)
     responder = request.app.state.responder
     if not isinstance(responder, Responder):
         raise ApiError(503, "the model is still loading; ask again in a moment", "not_ready", retry_after=1)

@@ -41,12 +41,14 @@ def package(model: Path, index: Path, embedder: Path, limits: ServeParams) -> st
     return tag
 
 
-def build(root: Path, model: str) -> str:
+def build(root: Path, model: str, api_key_file: str = "") -> str:
     """The tag of a new Bento that serves the stored `model`, made from the project at `root` by `bentoml build`.
 
-    Raises ValueError with the last thing that bentoml said.
+    With an `api_key_file`, a path where it will be served, it opens only where that holds a key. The path is told now because a built
+    Bento takes no arguments any more: `bentoml serve` drops them without a word. Raises ValueError with the last thing that bentoml said.
     """
-    command = [*BENTOML, "build", "src", "-f", "bentofile.yaml", "--arg", f"model={model}", "--output", "tag"]
+    told = ["--arg", f"model={model}", "--arg", f"api_key_file={api_key_file}"]
+    command = [*BENTOML, "build", "src", "-f", "bentofile.yaml", *told, "--output", "tag"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if (found := re.search(r"__tag__:(\S+)", done.stdout)) is None or done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]

@@ -11,30 +11,37 @@ from pathlib import Path
 import bentoml
 from pydantic import BaseModel
 
-from llm_from_scratch.bundle import BundleError
 from llm_from_scratch.serving.app import create_app
+from llm_from_scratch.serving.auth import read_key
 from llm_from_scratch.serving.limits import LONGEST_DEADLINE
 from llm_from_scratch.serving.responder import Responder, check_package
 
 
 class Arguments(BaseModel):
-    """`bentoml build --arg model=…` puts the exact model into the Bento.
+    """What `bentoml build --arg …` puts into the Bento: the exact model, and where its place keeps the API key, if it wants one.
 
-    Without it a Bento names what is latest wherever it is served: BentoML pins Hugging Face's models, not those of its own store.
+    Without `model` a Bento names what is latest wherever it is served: BentoML pins Hugging Face's models, not those of its own store.
+    Without `api_key_file` everybody who reaches the server may ask.
     """
 
     model: str = "llm_from_scratch:latest"
+    api_key_file: str = ""
 
 
 arguments = bentoml.use_arguments(Arguments)
 app = create_app()
 
 
-def check_model() -> None:
-    """Before anything listens: a worker that cannot open its model would be started again and again."""
+def api_key() -> str:
+    return read_key(Path(arguments.api_key_file)) if arguments.api_key_file else ""
+
+
+def check_inputs() -> None:
+    """Before anything listens: a worker that cannot open its model or read its key would be started again and again."""
     try:
         check_package(Path(bentoml.models.get(arguments.model).path))
-    except BundleError as error:
+        api_key()
+    except ValueError as error:
         raise bentoml.exceptions.BentoMLException(str(error)) from None
 
 
@@ -50,7 +57,8 @@ class LanguageModel:
     """A language model with OpenAI's API at /v1, and POST /ask for answers with citations."""
 
     model = bentoml.models.BentoModel(arguments.model)
-    check = bentoml.on_deployment(check_model)
+    check = bentoml.on_deployment(check_inputs)
 
     def __init__(self) -> None:
+        app.state.key = api_key()
         app.state.responder = Responder.open(Path(self.model.path))

@@ -21,8 +21,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from llm_from_scratch.progress import bar as progress_bar
 from llm_from_scratch.training.optimizer import Optimizer, build
 from llm_from_scratch.training.plan import Plan
 from llm_from_scratch.training.precision import Arithmetic, arithmetic
@@ -57,6 +57,15 @@ class Fitted:
     def tok_per_s(self) -> float:
         return self.tokens / self.seconds
 
+    def metrics(self) -> dict[str, float]:
+        """What training took, as a report has it; where it was resumed, the time of all its parts."""
+        return {
+            "tokens_seen": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tok_per_s": round(self.tok_per_s, 1),
+            "resumed_at": self.resumed_at,
+        }
+
 
 def fit(
     model: nn.Module,
@@ -71,8 +80,8 @@ def fit(
 ) -> Fitted:
     """Train `model` in place for `plan.steps` steps and leave it in evaluation mode, going on from the journal's last save if it has one.
 
-    On a CPU a run that was killed and resumed ends in the same bits as one that was not. `progress` draws a line where stderr is a
-    terminal. Raises ValueError when the loss or the gradient is no longer finite; the weights are then those before that step.
+    On a CPU a run that was killed and resumed ends in the same bits as one that was not. `progress` shows on stderr where it
+    stands. Raises ValueError when the loss or the gradient is no longer finite; the weights are then those before that step.
     """
     model.to(device)
     with _own_randomness(plan.seed, torch.device(device)), arithmetic(plan.precision, torch.device(device)) as numbers:
@@ -81,11 +90,11 @@ def fit(
         model.train()
         steps = range(resumed_at, plan.steps)
         try:
-            with tqdm(steps, "train", plan.steps, initial=resumed_at, disable=None if progress else True) as bar:
+            with progress_bar(steps, desc="train", total=plan.steps, initial=resumed_at, disable=not progress) as bar:
                 for step in bar:
                     run.advance(batches(step))
                     if run.reports_now():
-                        bar.set_postfix(loss=f"{run.report(evaluate)['train_loss']:.3f}")
+                        bar.set_postfix(loss=f"{run.report(evaluate)['train_loss']:.3f}", refresh=False)
                     if run.saves_now():
                         run.save()
         finally:
@@ -138,12 +147,14 @@ class _Run:
     state: _State = field(default_factory=_State)
 
     def resume(self) -> int:
-        """Go back to the journal's last save; the step it was made after, 0 without one."""
+        """Go back to the journal's last save; the step it was made after, 0 without one. The log, a new one, hears the curve again."""
         saved = self.journal.latest() if self.journal is not None else None
         if saved is not None:
             restore(saved.tensors, self.model, self.optimizer)
             self.numbers.scaler.load_state_dict(saved.facts["scaler"])
             self.state = _State(**saved.facts["state"])
+            for row in self.state.curve:
+                self.log(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
         return self.state.step
 
     def save(self) -> None:
