@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from graphlib import TopologicalSorter
@@ -72,6 +73,14 @@ def register() -> None:
         get_run_logger().info(line)
 
 
+@task(cache_policy=NO_CACHE, task_run_name="readme")
+def fill_readme() -> None:
+    """README.md's tables and SUMMARY.md, from the numbers of this run. Raises NodeFailed."""
+    status, said = stream([sys.executable, "-m", "stages", "readme"])
+    if status:
+        raise NodeFailed(f"readme ended with {status}:\n" + "\n".join(said))
+
+
 @flow(name="rebuild", log_prints=True)
 def rebuild() -> None:
     """Every node of the graph, then the report and the registry. Stops at the first node that fails; a rerun goes on from there."""
@@ -81,6 +90,7 @@ def rebuild() -> None:
         delays = FLAKY.get(node.split("@")[0], [])
         reproduce.with_options(retries=len(delays), retry_delay_seconds=delays or None, tags=tags(node))(node)
     keep_report(Path("reports"))
+    fill_readme()
     register()
 
 

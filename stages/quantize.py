@@ -16,11 +16,11 @@ from llm_from_scratch.data.shards import Ids, open_shards
 from llm_from_scratch.evaluation.compare import compare
 from llm_from_scratch.evaluation.likelihood import score
 from llm_from_scratch.evaluation.speed import latency, size_mb
-from llm_from_scratch.inference.quantize import linear_mb, load_bundle, quantize, quantized_layers, save_quantized
+from llm_from_scratch.inference.decoding import context_of
+from llm_from_scratch.inference.quantize import QuantizeParams, linear_mb, load_bundle, quantize, quantized_layers, save_quantized
 from llm_from_scratch.inference.sampling import Sampling, generate
 from llm_from_scratch.model import registry
 from llm_from_scratch.tokenizer import Tokenizer
-from llm_from_scratch.training.plan import NgramTrainParams, TrainParams
 
 PROMPT = 16
 BATCH = 8
@@ -48,13 +48,12 @@ class Ruler:
 def run(params: Params, name: str, root: Path) -> None:
     """The folder that was written is opened again and measured, not the model in memory."""
     entry = params.quantize[name]
-    rung = _rung(params, entry.model)
-    sources = [f"artifacts/models/{entry.model}", f"artifacts/tokens/{rung.tokens}"]
+    sources = [f"artifacts/models/{entry.model}", f"artifacts/tokens/{entry.tokens}"]
     source, folder = root / sources[0], root / "artifacts/models" / name
     origin = bundle.verify(source, "model")
-    ruler = _ruler(rung, source, root / sources[1])
     plain = load_bundle(source)
     assert isinstance(plain, nn.Module)
+    ruler = _ruler(entry, context_of(plain), source, root / sources[1])
 
     with bundle.writing(folder) as partial:
         small = quantize(plain, entry.scheme)
@@ -102,17 +101,9 @@ def sample(model: nn.Module, ruler: Ruler) -> str:
     return ruler.words.decode(prompt + list(generate(model, prompt, SAMPLE, ruler.words.eot)))
 
 
-def _ruler(rung: TrainParams, source: Path, tokens: Path) -> Ruler:
-    """The same for every descendant of a rung, so that their numbers compare with its own."""
+def _ruler(entry: QuantizeParams, context: int, source: Path, tokens: Path) -> Ruler:
+    """Raises ValueError where `tokens` are of another tokenizer than the model's."""
     made_by = bundle.verify(tokens, "tokens").made_by
     if tokenizer.digest(source) != tokenizer.digest(tokens):
         raise ValueError(f"{source} has another tokenizer than {tokens}, which {made_by} made; dvc repro rebuilds what is stale")
-    return Ruler(open_shards(tokens).val[: rung.evaluate_tokens or None], tokenizer.load(tokens), rung.context)
-
-
-def _rung(params: Params, model: str) -> TrainParams:
-    """The rung that a model is, or was fine-tuned from. Raises ValueError for the n-gram."""
-    rung = params.rung_of(model)
-    if isinstance(rung, NgramTrainParams):
-        raise ValueError(f"quantize: {model} is an n-gram and has no linear layer; choose a gpt or a llama")
-    return rung
+    return Ruler(open_shards(tokens).val[: entry.evaluate_tokens or None], tokenizer.load(tokens), context)

@@ -45,6 +45,12 @@ stages:
 """A graph as ours in small. The first download of all fails, as networks do; what `fault` holds breaks the training."""
 
 
+README_STAGE = """\
+def run(params, name, root):
+    (root / "README.md").write_text((root / "reports" / "metrics.json").read_text())
+"""
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[None]:
     with prefect_test_harness(server_startup_timeout=180):
@@ -55,11 +61,14 @@ def server() -> Iterator[None]:
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of its own with a graph of three nodes, and the flows of ours."""
     root = tmp_path / "project"
-    shutil.copytree(ROOT / "pipelines", root / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
+    for code in ("pipelines", "stages"):
+        shutil.copytree(ROOT / code, root / code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
+    (root / "stages" / "readme.py").write_text(README_STAGE)
     (root / "dvc.yaml").write_text(TOY % {"net": tmp_path / "network"})
     (root / "fault").write_text("none\n")
     (root / "toy.json").write_text(json.dumps({"ladder": {"b": {"val_bpb": 2.0}}}))
-    (root / "none.json").write_text(json.dumps({"rule": {"metric": "val_bpb", "minimum_gain": 0}, "candidates": []}))
+    (root / "none.json").write_text(json.dumps({"candidates": []}))
     monkeypatch.chdir(root)
     monkeypatch.delenv("REBUILD_ID", raising=False)
     monkeypatch.setitem(rebuild.FLAKY, "download", [0.1])
@@ -126,7 +135,7 @@ def test_a_rebuild_runs_each_node_after_what_it_stands_on_and_a_second_one_runs_
     first = rebuild.rebuild(return_state=True)
     run, said = story(first.state_details.flow_run_id)
     assert first.is_completed()
-    assert tasks(run) == ["download@a", "train@b", "evaluate", "register"]
+    assert tasks(run) == ["download@a", "train@b", "evaluate", "readme", "register"]
     assert said.index("no network") < said.index(f"learning for {run.name}-{str(run.id)[:8]}")
     assert said.count("fetching a") == 2
     assert said[-1] == "no MLFLOW_TRACKING_URI: nothing registered"
@@ -135,7 +144,7 @@ def test_a_rebuild_runs_each_node_after_what_it_stands_on_and_a_second_one_runs_
     assert json.loads(kept["ladder"]) == [{"rung": "b", "val_bpb": 2.0}]
 
     run, said = story(rebuild.rebuild(return_state=True).state_details.flow_run_id)
-    assert tasks(run) == ["download@a", "train@b", "evaluate", "register"]
+    assert tasks(run) == ["download@a", "train@b", "evaluate", "readme", "register"]
     assert not [line for line in said if line.startswith(("Running", "fetching", "learning"))]
     assert said.count("Data and pipelines are up to date.") == 3
 
@@ -284,7 +293,7 @@ def test_what_is_promoted_carries_the_commit_of_its_code(toy: Path, monkeypatch:
     assert champion is not None
     assert champion.tags["revision"] == commit
     assert champion.description == "# A card"
-    assert promote.promote(toy) == ["the registry is up to date"]
+    assert promote.promote(toy) == ["tiny: version 1"]
 
 
 def test_a_registry_that_cannot_be_read_is_one_line(toy: Path) -> None:
@@ -308,9 +317,9 @@ def write_verdict(root: Path) -> None:
     (root / "card.md").write_text("# A card")
     for name in ("report.md", "metrics.json"):
         (root / "reports" / name).write_text("{}")
-    entry = {"name": "tiny", "folder": "tiny", "card": "card.md", "metrics": {"val_bpb": 2.0}, "facts": {"kind": "model"}, "fit": True}
-    told = {"rule": {"metric": "val_bpb", "minimum_gain": 0.01}, "candidates": [entry]}
-    (root / "reports" / "verdict.json").write_text(json.dumps(told))
+    entry = {"name": "tiny", "folder": "tiny", "card": "card.md", "metrics": {"val_bpb": 2.0}, "facts": {"kind": "model"}}
+    entry["rule"] = {"metric": "val_bpb", "minimum_gain": 0.01}
+    (root / "reports" / "verdict.json").write_text(json.dumps({"candidates": [entry]}))
 
 
 def test_packaging_reads_params_as_strictly_as_a_stage(tmp_path: Path) -> None:

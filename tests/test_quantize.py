@@ -312,7 +312,7 @@ def rebuilt(root: Path, texts: list[str]) -> Params:
     """A root as the stages before leave it, with a small `base`, and the params that go with it."""
     params = config.parse(read_yaml(Path(__file__).parent.parent / "params.yaml"), "params.yaml")
     evaluate = params.evaluate.model_copy(update={"latency_tokens": 3, "latency_repeats": 1, "kl_tokens": 200})
-    base = params.train["base"].model_copy(update={"context": 32, "evaluate_tokens": 300})
+    entries = {name: entry.model_copy(update={"evaluate_tokens": 300}) for name, entry in params.quantize.items()}
     with bundle.writing(root / "artifacts/tokens/wikipedia_bpe") as folder:
         facts = write_shards(folder, {"train": texts, "validation": texts}, WORDS.encode_batch, WORDS.eot, WORDS.vocab_size)
         WORDS.save(folder)
@@ -322,7 +322,7 @@ def rebuilt(root: Path, texts: list[str]) -> Params:
         save_model(build(LLAMA, WORDS.vocab_size), folder, WORDS.eot)
         WORDS.save(folder)
         bundle.seal(folder, "model", "train@base")
-    return params.model_copy(update={"evaluate": evaluate, "train": params.train | {"base": base}})
+    return params.model_copy(update={"evaluate": evaluate, "quantize": entries})
 
 
 def test_the_stage_leaves_a_sealed_bundle_of_its_parent_and_keeps_the_clock_out_of_it(tmp_path: Path) -> None:

@@ -56,12 +56,6 @@ class Params(Section):
             raise ValueError("\n".join(wrong))
         return self
 
-    def rung_of(self, model: str) -> RungParams:
-        """The rung that `model` is, or was made from."""
-        while model not in self.train:
-            model = self.finetune[model].model if model in self.finetune else self.quantize[model].model
-        return self.train[model]
-
     def _dangling(self) -> Iterator[str]:
         models = [*self.train, *(name for name, entry in self.finetune.items() if entry.method != "lora")]  # an adapter is no whole model
         links: list[tuple[str, str, list[str]]] = [
@@ -69,6 +63,7 @@ class Params(Section):
             *((f"tokenize.{name}.corpus", entry.corpus, self.download.fetch) for name, entry in self.tokenize.items()),
             *((f"train.{name}.tokens", entry.tokens, list(self.tokenize)) for name, entry in self.train.items()),
             *((f"quantize.{name}.model", entry.model, models) for name, entry in self.quantize.items()),
+            *((f"quantize.{name}.tokens", entry.tokens, list(self.tokenize)) for name, entry in self.quantize.items()),
             *((f"finetune.{name}.model", entry.model, models) for name, entry in self.finetune.items()),
             *((f"finetune.{name}.records", entry.records, self.download.fetch) for name, entry in self.finetune.items()),
             ("index.documents", self.index.documents, self.download.fetch),

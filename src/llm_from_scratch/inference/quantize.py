@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from llm_from_scratch.bundle import MANIFEST, BundleError, save_tensors
@@ -44,10 +45,12 @@ PACKED = {"int8": (".weight", ".SCB", ".weight_format"), "nf4": (".weight", ".we
 
 
 class QuantizeParams(Section):
-    """One entry of the section `quantize`: which model, and how."""
+    """One entry of the section `quantize`: which model, how, and how many held-out `tokens` it is scored on (`evaluate_tokens`; 0: all)."""
 
     model: str
     scheme: Scheme
+    tokens: str
+    evaluate_tokens: int = Field(ge=0)
 
 
 def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:

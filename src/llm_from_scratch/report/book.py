@@ -34,7 +34,7 @@ class Story:
             "questions": self.questions,
             "faults": gather.ladder_faults(bits, honest="ngram"),
             "beaten_by_ngram": [rung for rung, value in bits.items() if value > bits["ngram"]],
-            "best_rung": min(bits, key=lambda rung: bits[rung]),
+            "best_rung": min((rung for rung in bits if rung != "ngram"), key=lambda rung: bits[rung]),
         }
 
 
