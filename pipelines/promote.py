@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+
 from llm_from_scratch import tracking
 from llm_from_scratch.bundle import verify
 from stages.__main__ import git_revision
@@ -34,7 +36,7 @@ def _apply(root: Path, verdict: dict) -> list[str]:
             name=entry["name"],
             folder=root / entry["folder"],
             digest=verify(root / entry["folder"]).digest,
-            card=(root / entry["card"]).read_text(encoding="utf-8"),
+            card=ModelCard((root / entry["card"]).read_text(encoding="utf-8")).text.strip(),
             metrics=entry["metrics"],
             facts=entry["facts"],
         )

@@ -144,8 +144,9 @@ def test_finished_models_are_registered_with_their_card_and_one_is_champion(buil
     for name in ("base", "sft", "chat_int8"):
         champion = client.get_model_version_by_alias(f"llm-from-scratch-{name}", "champion")
         assert champion.tags["digest"] == bundle.read_manifest(built / "artifacts" / "models" / name).digest
-        assert champion.description.startswith("---\n")
-    assert "up to date" in run(built, sys.executable, "-m", "pipelines", "promote").stdout
+        assert champion.description.startswith(f"# {name}\n")
+    again = run(built, sys.executable, "-m", "pipelines", "promote").stdout
+    assert set(re.findall(r"version (\d+.*)", again)) == {"1"}, "the same bundles are the same versions, and no champion moves"
 
 
 def test_training_killed_in_the_middle_goes_on_and_leaves_no_half_bundle(built: Path) -> None:

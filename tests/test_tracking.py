@@ -84,6 +84,19 @@ def test_the_same_bundle_is_one_version_however_often_it_is_registered(store: Ml
     assert tracking.register(candidate(tmp_path, "one", 2.0)) == tracking.register(candidate(tmp_path, "one", 2.0))
 
 
+def test_a_rebuild_that_had_nothing_to_do_leaves_no_run(store: MlflowClient, tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("# Report")
+    tracking.log_files("report", [tmp_path / "report.md"])
+    (experiment,) = [found for found in store.search_experiments() if found.name == tracking.EXPERIMENT]
+    assert not store.search_runs([experiment.experiment_id])
+
+    with tracking.stage_run("evaluate", "", {}):
+        pass
+    tracking.log_files("report", [tmp_path / "report.md"])
+    (parent,) = store.search_runs([experiment.experiment_id], "tags.level = 'rebuild'")
+    assert [file.path for file in store.list_artifacts(parent.info.run_id, "report")] == ["report/report.md"]
+
+
 def test_without_a_uri_tracking_is_silent_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracking.connect("", "", "", {})

@@ -68,9 +68,16 @@ def stage_run(stage: str, name: str, params: Mapping[str, Any], reads: Sequence[
 
 
 def log_files(stage: str, files: Sequence[Path]) -> None:
-    """Attach small files (a report, its figures) to this rebuild's parent run."""
+    """Attach small files (a report, its figures) to this rebuild's parent run; a rebuild that had nothing to do has none."""
+
+    def attach() -> None:
+        client = _client()
+        if parent := _known_parent(client):
+            for path in files:
+                client.log_artifact(parent, str(path), stage)
+
     if _connection.uri:
-        _attempt(lambda: [_client().log_artifact(_parent(_client()), str(path), stage) for path in files])
+        _attempt(attach)
 
 
 @dataclass(frozen=True)
@@ -211,14 +218,20 @@ def _experiment(client: MlflowClient) -> str:
 
 def _parent(client: MlflowClient) -> str:
     """The run that stands for this rebuild, made by whichever stage comes first."""
+    if known := _known_parent(client):
+        return known
     experiment = _experiment(client)
-    found = client.search_runs([experiment], f"tags.rebuild = '{_connection.rebuild}' and tags.level = 'rebuild'", max_results=1)
-    if found:
-        return str(found[0].info.run_id)
     tags = {"level": "rebuild", "rebuild": _connection.rebuild, "revision": _connection.revision}
     run = client.create_run(experiment, run_name=f"rebuild {_connection.rebuild}", tags=tags)
     client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
+
+
+def _known_parent(client: MlflowClient) -> str:
+    """The run that stands for this rebuild, "" where no stage has run in it."""
+    of_this = f"tags.rebuild = '{_connection.rebuild}' and tags.level = 'rebuild'"
+    found = client.search_runs([_experiment(client)], of_this, max_results=1)
+    return str(found[0].info.run_id) if found else ""
 
 
 def _flat_params(params: Mapping[str, Any], prefix: str = "") -> list[Any]:
