@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     rebuild.set_defaults(do=_rebuild)
 
     experiment = commands.add_parser("experiment", help="the graph under a profile, as a DVC experiment; params.yaml stays as it is")
-    experiment.add_argument("profile", help="an overlay in profiles/, such as smoke, gpu or cluster")
+    experiment.add_argument("profile", help="an overlay in profiles/, such as smoke or gpu")
     experiment.add_argument("dvc", nargs="*", help="more for `dvc exp run`, after --, such as -S train.base.steps=100")
     experiment.set_defaults(do=_experiment)
 

@@ -30,9 +30,12 @@ def run(params: Params, name: str, root: Path) -> None:
     models = [*params.train, *params.finetune, *params.quantize]
     manifests = {model: bundle.verify(artifacts / "models" / model) for model in models}
 
-    with tracking.stage_run("evaluate", "", params.evaluate.model_dump(), [f"artifacts/models/{model}" for model in models]) as log:
+    reads = [f"artifacts/raw/{params.index.documents}", f"artifacts/raw/{params.index.embedder}", "artifacts/index"]
+    reads += [f"artifacts/models/{model}" for model in models]
+    with tracking.stage_run("evaluate", "", params.evaluate.model_dump(), reads) as log:
         answers, illustrated = ask(params, artifacts)
-        log(0, {f"rag_{condition}_accuracy": row["accuracy"] for condition, row in answers["rag"].items()})
+        for part, rows in answers.items():
+            log(0, {f"{part}_{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
 
     metrics = measured(params, artifacts / "logs") | answers | {"digests": {model: made.digest for model, made in manifests.items()}}
     gather.write(reports / "metrics.json", metrics)

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,7 +28,7 @@ from llm_from_scratch.training.loop import Fitted, Log, fit, next_token, write_c
 from llm_from_scratch.training.plan import NgramTrainParams, TrainParams
 from llm_from_scratch.training.resume import Journal, code_digest, run_folder
 
-GLANCE = 20_000  # held-out tokens behind a point of the curve; the score at the end reads as many as evaluate_tokens says
+GLANCE = 30_000  # held-out bytes behind a point of the curve, the same for every tokenizer; the score at the end reads evaluate_tokens
 PROMPT = 16
 SAMPLE = Sampling(temperature=0.8, max_tokens=200, seed=1)
 
@@ -89,10 +90,11 @@ def learn(rung: TrainParams, shards: Shards, words: Tokenizer, journal: Journal,
     batches = windows(shards.train, rung.context, rung.batch, rung.seed)
     measure = functools.partial(score, token_bytes=words.token_bytes(), context=rung.context, batch=rung.batch)
     held_out = _held_out(rung, shards)
+    seen = int(np.searchsorted(np.cumsum(words.token_bytes()[held_out[:GLANCE]]), GLANCE))
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def glance(model: nn.Module) -> dict[str, float]:
-        return measure(model, held_out[:GLANCE]).metrics()
+        return measure(model, held_out[:seen]).metrics()
 
     fitted = fit(made, batches, next_token, rung, log, journal, glance, device, progress=True)
     found = measure(made, held_out, progress=functools.partial(progress.bar, desc="score"))

@@ -60,9 +60,6 @@ PARAMS = EvaluateParams(
     latency_repeats=1,
     kl_tokens=1,
     heatmap_text="x",
-    sample_prompt="x",
-    sample_tokens=1,
-    sample_temperature=0.0,
     promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", minimum_gain=0.0),
 )
 

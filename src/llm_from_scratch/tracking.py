@@ -191,7 +191,7 @@ class _Run:
     def end(self, status: str) -> None:
         if self.id:
             self.flush()
-            _attempt(lambda: _client().set_terminated(self.id, status))
+            _attempt(lambda: _end(_client(), self.id, status))
 
 
 def _attempt(action: Callable[[], object]) -> None:
@@ -199,6 +199,12 @@ def _attempt(action: Callable[[], object]) -> None:
         action()
     except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the build may not
         warnings.warn(f"MLflow did not take this ({type(error).__name__}: {str(error)[:200]}); the build goes on", stacklevel=2)
+
+
+def _end(client: MlflowClient, run: str, status: str) -> None:
+    """The rebuild ends with its last stage, and as that one did."""
+    for ended in (run, _parent(client)):
+        client.set_terminated(ended, status)
 
 
 def _client() -> MlflowClient:
@@ -222,9 +228,7 @@ def _parent(client: MlflowClient) -> str:
         return known
     experiment = _experiment(client)
     tags = {"level": "rebuild", "rebuild": _connection.rebuild, "revision": _connection.revision}
-    run = client.create_run(experiment, run_name=f"rebuild {_connection.rebuild}", tags=tags)
-    client.set_terminated(run.info.run_id)
-    return str(run.info.run_id)
+    return str(client.create_run(experiment, run_name=f"rebuild {_connection.rebuild}", tags=tags).info.run_id)
 
 
 def _known_parent(client: MlflowClient) -> str:

@@ -27,7 +27,4 @@ class EvaluateParams(Section):
     latency_repeats: int = Field(ge=1)
     kl_tokens: int = Field(ge=1)
     heatmap_text: str = Field(min_length=1)
-    sample_prompt: str = Field(min_length=1)
-    sample_tokens: int = Field(ge=1)
-    sample_temperature: float = Field(ge=0)
     promotion: PromotionParams

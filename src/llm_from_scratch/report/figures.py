@@ -74,7 +74,7 @@ def question_answering(folder: Path, conditions: Mapping[str, Mapping[str, Any]]
     axes.bar(names, values, color=ACCENT, yerr=np.clip(spans, 0, None), capsize=4, width=0.6)
     axes.axhline(chance, color=QUIET, linestyle="--", linewidth=1)
     axes.set_ylim(0, 1)
-    axes.set_ylabel("4-way accuracy on held-out entries")
+    axes.set_ylabel(f"accuracy on held-out entries, {round(1 / chance)} choices")
     return _save(figure, folder / "question_answering.png")
 
 
