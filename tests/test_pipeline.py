@@ -188,7 +188,7 @@ def test_training_killed_in_the_middle_goes_on_and_leaves_no_half_bundle(built: 
     process = subprocess.Popen(command, cwd=built, env=environment, start_new_session=True)
     runs = built / "runs"
     deadline = time.monotonic() + 120
-    while not any(runs.rglob("*.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+    while not any(runs.glob("*/[0-9]*/manifest.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
