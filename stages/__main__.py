@@ -42,10 +42,6 @@ def quiet_threads() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Two rebuilds of one commit once differed in `base` in the last bits; why was not found (load alone did not do it). These settings
-    # change the bits, so they are pinned: the number of threads and the order of sums are then no choice of MKL's.
-    os.environ.setdefault("MKL_DYNAMIC", "FALSE")
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from llm_from_scratch.model.gpt import Gpt, GptParams, GptShape
 from llm_from_scratch.model.llama import Llama, LlamaParams, rotate, rotation_tables
 from llm_from_scratch.model.mlp import Mlp, MlpParams
 from llm_from_scratch.model.ngram import NgramParams
+from llm_from_scratch.model.positions import cos_sin
 from llm_from_scratch.model.registry import LADDER, ModelParams, build, parameters
 from llm_from_scratch.model.rung import Rung
 
@@ -280,6 +284,13 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(model(ids), model(ids))
     model.train()
     assert not torch.equal(model(ids), model(ids))
+
+
+def test_positions_have_the_cosines_of_float64_so_that_no_race_inside_torch_cos_reaches_the_weights() -> None:
+    angles = torch.outer(torch.arange(300.0), 10000.0 ** (-torch.arange(0, 64, 2) / 64))
+    cos, sin = cos_sin(angles)
+    assert cos.tolist() == [[float(np.float32(math.cos(angle))) for angle in row] for row in angles.tolist()]
+    assert sin.tolist() == [[float(np.float32(math.sin(angle))) for angle in row] for row in angles.tolist()]
 
 
 def test_rotation_keeps_lengths_and_makes_scores_depend_on_distance_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -214,7 +215,7 @@ def test_a_damaged_output_is_refused_by_name_and_mended_by_the_command_it_names(
     assert file in line
     mend = line.split("rebuild it with: dvc ")[1].split()
     run(built, *dvc.command(*mend))
-    assert path.read_bytes() == whole
+    assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(whole).digest()  # bytes as such take pytest minutes to compare
     bundle.verify(built / "artifacts" / folder)
 
 

@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from llm_from_scratch.model.cache import Cache
+from llm_from_scratch.model.positions import cos_sin
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.section import Section
 
@@ -134,5 +135,5 @@ def waves(context: int, width: int) -> Tensor:
     before this one" at once, and with random positions it has to learn that for each place anew.
     """
     frequencies = 10000.0 ** (-torch.arange(0, width, 2) / width)
-    angles = torch.outer(torch.arange(context), frequencies)
-    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :width]
+    cos, sin = cos_sin(torch.outer(torch.arange(context), frequencies))
+    return torch.stack((sin, cos), -1).flatten(1)[:, :width]

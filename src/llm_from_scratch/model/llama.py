@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llm_from_scratch.model.cache import Cache
 from llm_from_scratch.model.causal import attend, attention_weights
+from llm_from_scratch.model.positions import cos_sin
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.section import Section
 
@@ -177,8 +178,8 @@ class Llama(Rung):
 def rotation_tables(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines, each (context, 1, D), in the half-split layout: dimension i turns with i + D / 2."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)[:, None]
-    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    cos, sin = cos_sin(torch.outer(torch.arange(context, dtype=torch.float32), frequencies)[:, None])
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
