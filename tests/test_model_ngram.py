@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_from_scratch.model.ngram import NGram, discounts
 from llm_from_scratch.model.registry import load_model, parameters, save_model
@@ -17,7 +19,7 @@ A, B, C = 0, 1, 2
 
 
 class SlowKneserNey:
-    """Modified Kneser-Ney one n-gram at a time, as the paper says it: the oracle of the arrays."""
+    """Modified Kneser-Ney one n-gram at a time, as the paper says it, sharing no line with the arrays whose oracle it is."""
 
     def __init__(self, text: Sequence[int], vocab_size: int, order: int) -> None:
         self.vocab_size, self.order = vocab_size, order
@@ -31,7 +33,18 @@ class SlowKneserNey:
             for i in places:
                 before[tuple(text[i : i + length])].add(text[i - 1] if i else -1)  # -1: the start of the text
             self.counts.append(Counter({gram: len(tokens) for gram, tokens in before.items()}))
-        self.discounts = [discounts(np.array(list(counts.values()))) for counts in self.counts]
+        self.discounts = [self.discounts_of(counts) for counts in self.counts]
+
+    @staticmethod
+    def discounts_of(counts: Counter[tuple[int, ...]]) -> dict[int, float]:
+        """D1, D2 and D3+ of Chen and Goodman, eq. 26, each replaced by half its count where it cannot be estimated from these counts."""
+        of = Counter(counts.values())
+        taken = {0: 0.0, 1: 0.5, 2: 1.0, 3: 1.5}
+        if of[1] and of[2] and of[3]:
+            for c in (1, 2, 3):
+                estimate = c - (c + 1) * (of[1] / (of[1] + 2 * of[2])) * of[c + 1] / of[c]
+                taken[c] = estimate if 0 < estimate < c else taken[c]
+        return taken
 
     def p(self, token: int, context: tuple[int, ...]) -> float:
         if len(context) >= self.order:
@@ -76,6 +89,18 @@ def test_discounts_are_those_of_chen_and_goodman() -> None:
     assert discounts(counts) == pytest.approx([0, 1 - 2 * y * 10 / 40, 2 - 3 * y * 5 / 10, 3 - 4 * y * 2 / 5])
 
 
+def test_a_text_large_enough_for_its_own_discounts_worked_by_hand() -> None:
+    """Counts 1, 1, 1, 2, 3, 4 of a … f, and g never: Y = 3 / (3 + 2) = 0.6; D1 = 1 - 2 Y / 3 = 0.6, D2 = 2 - 3 Y = 0.2, D3 = 3 - 4 Y = 0.6.
+
+    So 3 * 0.6 + 0.2 + 0.6 + 0.6 = 3.2 of 12 is handed to the seven alike.
+    """
+    model = NGram.train([0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5], vocab_size=7, order=1)
+    shared = 3.2 / 7
+    expected = [(c + shared) / 12 for c in (0.4, 0.4, 0.4, 1.8, 2.4, 3.4, 0)]
+    assert model.next_probs([]).tolist() == pytest.approx(expected)
+    assert model.token_nats([3, 6]).tolist() == pytest.approx([-np.log(expected[3]), -np.log(expected[6])])
+
+
 def test_a_discount_never_reaches_zero_or_exceeds_its_count() -> None:
     """An estimate of zero would give a token not yet seen after a context no probability at all, and infinite nats."""
     for n1, n2, n3, n4 in [(0, 5, 5, 5), (5, 0, 5, 5), (1, 1, 9, 1), (9, 1, 1, 50), (1, 1, 1, 1)]:
@@ -84,7 +109,7 @@ def test_a_discount_never_reaches_zero_or_exceeds_its_count() -> None:
         assert all(0 < d <= c for c, d in enumerate(found[1:], 1))
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("order", range(1, 8))
 def test_the_arrays_compute_what_the_dictionaries_do(order: int) -> None:
     train, held_out = text(400, 7, seed=1), text(60, 7, seed=2)
     fast, slow = NGram.train(train, 7, order), SlowKneserNey(train.tolist(), 7, order)
@@ -94,16 +119,57 @@ def test_the_arrays_compute_what_the_dictionaries_do(order: int) -> None:
     assert fast.token_nats(held_out) == pytest.approx(oracle, abs=1e-12)
 
 
-@pytest.mark.parametrize("vocab_size", [5, 300, 65_536])
-def test_probabilities_sum_to_one_after_any_context_seen_or_not(vocab_size: int) -> None:
-    model = NGram.train(text(3_000, min(vocab_size, 300), seed=3), vocab_size, order=4)
-    rng = np.random.default_rng(4)
+@pytest.mark.parametrize("order", range(1, 8))
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_after_every_context_seen_or_not_the_probabilities_are_the_slow_ones_and_sum_to_one(order: int, data: st.DataObject) -> None:
+    vocab_size = data.draw(st.integers(1, 5))
+    tokens = st.integers(0, vocab_size - 1)
+    train = data.draw(st.lists(tokens, min_size=order, max_size=40))
+    strange = data.draw(st.lists(tokens, max_size=order + 1))
+    fast, slow = NGram.train(train, vocab_size, order), SlowKneserNey(train, vocab_size, order)
 
-    for length in [0, 1, 2, 3, 3, 3, 50]:
-        p = model.next_probs(rng.integers(0, vocab_size, length))
-        assert p.sum() == pytest.approx(1, abs=1e-9)
+    seen = [train[i - length : i] for length in range(order) for i in range(length, len(train) + 1)]
+    for context in [*seen, strange]:
+        p = fast.next_probs(context)
+        assert abs(p.sum() - 1) < 1e-9
         assert p.min() > 0
-    assert model.next_probs(text(3_000, min(vocab_size, 300), seed=3)[100:103]).sum() == pytest.approx(1, abs=1e-9)
+    for context in [train[-order + 1 :] if order > 1 else [], strange]:
+        oracle = [slow.p(token, tuple(context)) for token in range(vocab_size)]
+        scored = [np.exp(-fast.token_nats([*context, token])[-1]) for token in range(vocab_size)]
+        assert fast.next_probs(context).tolist() == pytest.approx(oracle, abs=1e-12)
+        assert scored == pytest.approx(oracle, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", range(1, 8))
+@pytest.mark.parametrize("vocab_size", [5, 300, 65_536])
+def test_probabilities_sum_to_one_in_large_vocabularies_too(vocab_size: int, order: int) -> None:
+    train = text(3_000, min(vocab_size, 300), seed=3)
+    model = NGram.train(train, vocab_size, order)
+    rng = np.random.default_rng(4)
+    for length in [0, 1, 3, order - 1, 50]:
+        for context in (rng.integers(0, vocab_size, length), train[100 : 100 + length], train[len(train) - length :]):
+            assert abs(model.next_probs(context).sum() - 1) < 1e-9
+
+
+def test_the_largest_vocabulary_at_order_seven_does_not_overflow() -> None:
+    """As powers of the vocabulary, 7 tokens of 2**31 would need 217 bits; an id and a token need 31 more than the ids do."""
+    vocab_size = 2**31
+    train = np.array([0, vocab_size - 1, 5, vocab_size - 1, 5] * 40)
+    model = NGram.train(train, vocab_size, order=7)
+    assert all(level.keys.min() >= 0 and level.keys.max() < len(train) * vocab_size for level in model.levels)
+    assert model.token_nats(train)[7:].max() < 0.1
+
+
+def test_doubt_is_what_the_longest_followed_context_hands_down() -> None:
+    """The text a b a b a c at order 2. Nothing before: 4 continuations, from which 1 + 0.5 + 0.5 are taken. After a: 1 + 0.5 of 3.
+
+    After b: 1 of 2. Nothing followed c, so what the empty context hands down counts.
+    """
+    model = NGram.train([A, B, A, B, A, C], vocab_size=3, order=2)
+    assert model.doubt([A, B, C, B]).tolist() == pytest.approx([2 / 4, 1.5 / 3, 1 / 2, 2 / 4])
+    assert model.doubt([A, B, A]).tolist() == pytest.approx([2 / 4, 1.5 / 3, 1 / 2])
+    assert model.doubt([]).tolist() == []
 
 
 def test_scoring_a_text_and_asking_token_by_token_agree() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from llm_from_scratch.evaluation.mixture import MixtureParams
 from llm_from_scratch.section import Section
 
 
@@ -27,4 +28,5 @@ class EvaluateParams(Section):
     latency_repeats: int = Field(ge=1)
     kl_tokens: int = Field(ge=1)
     heatmap_text: str = Field(min_length=1)
+    mixture: MixtureParams
     promotion: PromotionParams

@@ -6,7 +6,8 @@ how often. (Chen and Goodman, 1998, section 4.1.6.) It is the rung that every ne
 use a context it has not seen word for word: to it, two contexts that differ in one token have nothing in common.
 
 An n-gram is (the id of its first n - 1 tokens among those of its length) * V + its last token: one integer, looked up by
-binary search in a sorted array, so both training and scoring are a few array operations an order.
+binary search in a sorted array, so both training and scoring are a few array operations an order. There are no more ids than places
+in the text, so at any order the integer stays below T * V and fits into 64 bits.
 
 Shapes: T tokens, V vocabulary, N distinct n-grams of a length.
 """
@@ -106,9 +107,23 @@ class NGram:
             gram = level.find(context, text)
             mixed = level.freed[context] * p + np.where(gram >= 0, level.kept[gram], 0.0)
             p = np.where(context >= 0, mixed, p)
-            context = np.concatenate((np.full(1, -1), gram))[: len(text)]
+            context = _after(gram)
         nats: Floats = -np.log(p)
         return nats
+
+    def doubt(self, ids: npt.ArrayLike) -> Floats:
+        """The share, 0 to 1, that the longest context ever followed hands down to shorter ones before each of `ids` (T,), (T,).
+
+        It is small after a context seen often and always followed by the same few tokens.
+        """
+        text = _checked(ids, self.vocab_size)
+        share = np.ones(len(text))
+        context = np.zeros(len(text), np.int64)
+        for level in self.levels:
+            freed = level.freed[context]
+            share = np.where((context >= 0) & (freed < 1), freed, share)
+            context = _after(level.find(context, text))
+        return share
 
     def next_probs(self, past: Sequence[int] | Ints) -> Floats:
         """p of every token, (V,), after `past`, of which the last order - 1 tokens matter."""
@@ -174,6 +189,11 @@ def _checked(ids: npt.ArrayLike, vocab_size: int) -> Ints:
     if text.size and not 0 <= text.min() <= text.max() < vocab_size:
         raise ValueError(f"found token ids from {text.min()} to {text.max()}, the vocabulary has 0 to {vocab_size - 1}")
     return text
+
+
+def _after(gram: Ints) -> Ints:
+    """The n-gram that ends just before each token, (T,), from the one that ends with it; nothing ends before the first."""
+    return np.concatenate((np.full(1, -1), gram))[: len(gram)]
 
 
 def _saved(level: Level) -> tuple[tuple[str, Array], tuple[str, Array]]:
