@@ -1,6 +1,9 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
+
+An entry whose `parallel` is ddp or fsdp runs in one process a card: `torchrun --nproc-per-node 2 -m stages train base`. Called without
+torchrun, it starts torchrun, so that DVC needs to know nothing of it; on which machines, torchrun's own variables say (PET_NNODES, …).
 """
 
 from __future__ import annotations
@@ -9,9 +12,17 @@ import argparse
 import errno
 import os
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
+SHARED = ("train",)
+"""What several processes can do together."""
 
 
 def main() -> int:
@@ -56,13 +67,44 @@ def run(stage: str, name: str, params_file: Path) -> None:
     section = params.sources if stage == "download" else getattr(params, stage, None)
     if isinstance(section, dict) and name not in section:
         raise ValueError(f"no '{name}' in {params_file.name}; {stage} has {', '.join(section)}")
+    rank, shared = int(os.environ.get("RANK", 0)), {}
+    if "RANK" in os.environ:
+        shared = {"place": place(stage)}
+    elif isinstance(section, dict) and getattr(section[name], "parallel", "none") != "none":
+        start_torchrun(stage)
     tracking.connect(
-        uri=os.environ.get("MLFLOW_TRACKING_URI", ""),
+        uri=os.environ.get("MLFLOW_TRACKING_URI", "") if rank == 0 else "",
         rebuild=os.environ.get("REBUILD_ID", "by-hand"),
         revision=git_revision(root),
         digests=dvc_digests(root),
     )
-    import_module(f"stages.{stage}").run(params, name, root)
+    import_module(f"stages.{stage}").run(params, name, root, **shared)
+
+
+def place(stage: str) -> Place:
+    """Which of torchrun's processes this is. It ends when torchrun does, and not only when torchrun has time to say so."""
+    from llm_from_scratch.training.distributed import Place
+
+    if stage not in SHARED:
+        raise ValueError("it runs in one process; start it without torchrun")
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def end_with(parent: int) -> None:
+    """One that is left behind would go on to write where the next run writes."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def start_torchrun(stage: str) -> NoReturn:
+    """This command again, in this process' place: one process a card (without cards, a core) of this machine, if nobody says otherwise."""
+    if stage not in SHARED:
+        raise ValueError(f"{stage} runs in one process; set parallel to none")
+    each = [] if "PET_NPROC_PER_NODE" in os.environ else ["--nproc-per-node", "auto"]
+    meet = [] if "PET_NNODES" in os.environ else ["--standalone"]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *each, *meet, "-m", "stages", *sys.argv[1:]])
 
 
 def read_yaml(path: Path) -> dict[str, object]:

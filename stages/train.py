@@ -24,6 +24,7 @@ from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.tokenizer import Tokenizer
 from llm_from_scratch.training.batches import windows
+from llm_from_scratch.training.distributed import ONLY, Parallel, Place, together
 from llm_from_scratch.training.loop import Fitted, Log, fit, next_token, write_curve
 from llm_from_scratch.training.plan import NgramTrainParams, TrainParams
 from llm_from_scratch.training.resume import Journal, code_digest, run_folder
@@ -44,25 +45,36 @@ Load it with `llm_from_scratch.inference.engine.Engine.open(folder)`{elsewhere}.
 ELSEWHERE = ", or with `transformers.AutoModelForCausalLM.from_pretrained(folder)`"
 
 
-def run(params: Params, name: str, root: Path) -> None:
-    """A killed run goes on where it was: its state is kept in runs/ until its bundle and its logs stand."""
+def run(params: Params, name: str, root: Path, place: Place = ONLY) -> None:
+    """A killed run goes on where it was, on as many processes as there are now: its state is kept in runs/ until its bundle and its
+    logs stand."""
     rung = params.train[name]
+    with together(rung.parallel if isinstance(rung, TrainParams) else "none", place) as parallel:
+        train(rung, name, root, parallel)
+
+
+def train(rung: TrainParams | NgramTrainParams, name: str, root: Path, parallel: Parallel) -> None:
+    """All processes read and learn; the first writes."""
     source = f"artifacts/tokens/{rung.tokens}"
     tokens = bundle.verify(root / source, "tokens")
     shards, words = open_shards(root / source), tokenizer.load(root / source)
     if shards.vocab_size != words.vocab_size:
         known = f"the shards have {shards.vocab_size} tokens, the tokenizer {words.vocab_size}"
         raise ValueError(f"{source}: {known}; rebuild it with: dvc repro --force --single-item {tokens.made_by}")
-    journal = Journal(run_folder(root / "runs", rung.model_dump(), tokens.digest, code_digest(_code()), torch.__version__))
+    journal = Journal(
+        run_folder(root / "runs", rung.model_dump(exclude={"parallel"}), tokens.digest, code_digest(_code()), torch.__version__)
+    )
 
     with tracking.stage_run("train", name, rung.model_dump(), [source]) as log:
         made: Rung | NGram
         if isinstance(rung, NgramTrainParams):
             made, fitted, found = count(rung, shards, words)
         else:
-            made, fitted, found = learn(rung, shards, words, journal, log)
+            made, fitted, found = learn(rung, shards, words, journal, log, parallel)
         curve = fitted.curve or [{"step": 0, **found.metrics()}]
         log(int(curve[-1]["step"]), found.metrics())
+    if not parallel.first:
+        return
 
     folder = root / "artifacts/models" / name
     with bundle.writing(folder) as partial:
@@ -83,7 +95,9 @@ def run(params: Params, name: str, root: Path) -> None:
     journal.remove()
 
 
-def learn(rung: TrainParams, shards: Shards, words: Tokenizer, journal: Journal, log: Log) -> tuple[Rung, Fitted, Likelihood]:
+def learn(
+    rung: TrainParams, shards: Shards, words: Tokenizer, journal: Journal, log: Log, parallel: Parallel
+) -> tuple[Rung, Fitted, Likelihood]:
     """A neural rung, trained by steps, and what the held-out text costs it."""
     torch.manual_seed(rung.seed)
     made = registry.build(rung.model, words.vocab_size)
@@ -96,8 +110,8 @@ def learn(rung: TrainParams, shards: Shards, words: Tokenizer, journal: Journal,
     def glance(model: nn.Module) -> dict[str, float]:
         return measure(model, held_out[:seen]).metrics()
 
-    fitted = fit(made, batches, next_token, rung, log, journal, glance, device, progress=True)
-    found = measure(made, held_out, progress=functools.partial(progress.bar, desc="score"))
+    fitted = fit(made, batches, next_token, rung, log, journal, glance, device, progress=True, parallel=parallel)
+    found = measure(made, held_out, progress=functools.partial(progress.bar, desc="score", disable=not parallel.first))
     return made.cpu(), fitted, found
 
 

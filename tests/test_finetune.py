@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ PLAN = {
     "seed": 1,
     "context": 64,
     "batch": 8,
+    "micro_batch": 0,
     "steps": 40,
     "optimizer": "adamw",
     "learning_rate": 0.01,
@@ -44,6 +46,9 @@ PLAN = {
     "final_share": 0.02,
     "clip": 1.0,
     "precision": "fp32",
+    "checkpointing": False,
+    "compile": False,
+    "parallel": "none",
     "evaluate_every": 20,
     "checkpoint_every": 10,
 }
@@ -361,6 +366,19 @@ def test_lora_leaves_the_base_as_it_was(words: BpeTokenizer, base: Llama):
     fit(job.model, job.batches, job.loss, told)
     after = {name.replace(".base_layer", "").removeprefix("base_model.model."): weight for name, weight in job.model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_fine_tuning_in_parts_ends_where_whole_batches_do(words: BpeTokenizer, base: Llama):
+    """Answers differ in length, so the rows of a batch hold unlike numbers of scored targets."""
+    found, ends = examples(words), []
+    for micro_batch in (0, 3):
+        model = copy.deepcopy(base).double()
+        told = parse({**SFT, "steps": 5, "micro_batch": micro_batch})
+        job = METHODS["sft"](model, found, told)
+        fit(job.model, job.batches, job.loss, told)
+        ends.append(list(job.model.parameters()))
+    for whole, parts in zip(*ends, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-4, rtol=0)
 
 
 class Stopped(Exception):

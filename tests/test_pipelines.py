@@ -343,4 +343,4 @@ def test_a_profile_becomes_settings_that_dvc_understands() -> None:
 def test_an_unknown_profile_is_one_line_with_those_there_are() -> None:
     done = subprocess.run([sys.executable, "-m", "pipelines", "experiment", "smok"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "pipelines experiment: no profile 'smok'; there is gpu, smoke"
+    assert done.stderr.strip() == "pipelines experiment: no profile 'smok'; there is cluster, gpu, smoke"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import Split
 from llm_from_scratch.data.shards import write_shards
 from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.model.gpt import Gpt, GptShape
 from llm_from_scratch.tokenizer import load
 from llm_from_scratch.tokenizer.char import train_char
 from llm_from_scratch.training.batches import windows
+from llm_from_scratch.training.learner import COMPILERS
 from llm_from_scratch.training.loop import Batch, fit, next_token, write_curve
 from llm_from_scratch.training.optimizer import BETAS, MOMENTUM, Muon, build, orthogonal, split
 from llm_from_scratch.training.plan import NgramTrainParams, Plan, RungParams, TrainParams
 from llm_from_scratch.training.precision import arithmetic
+from llm_from_scratch.training.resume import Journal
 from llm_from_scratch.training.schedule import share
 from stages import train
 
@@ -37,6 +41,7 @@ PLAN: dict[str, Any] = {
     "seed": 1,
     "context": 8,
     "batch": 4,
+    "micro_batch": 0,
     "steps": 60,
     "optimizer": "adamw",
     "learning_rate": 0.01,
@@ -47,6 +52,9 @@ PLAN: dict[str, Any] = {
     "final_share": 0.1,
     "clip": 1.0,
     "precision": "fp32",
+    "checkpointing": False,
+    "compile": False,
+    "parallel": "none",
     "evaluate_every": 25,
     "checkpoint_every": 20,
 }
@@ -417,7 +425,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_a_weight() -> 
         return next_token(model, batch) * (math.nan if len(calls) == 8 else 1.0)
 
     calls: list[int] = []
-    with pytest.raises(ValueError, match=r"step 8: the loss is nan, wanted a finite number; lower learning_rate \(0.01\)"):
+    with pytest.raises(
+        ValueError, match=r"step 8: the loss of batch [0-9a-f]{12} \(4 rows\) is nan, wanted a finite number; lower learning_rate \(0.01\)"
+    ):
         fit(model, windows(counting(), 8, 4, 1), loss, plan())
     assert all(weight.isfinite().all() for weight in model.parameters())
 
@@ -429,9 +439,158 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too() -> None:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return next_token(model, batch) + (0 * model.get_parameter("first.weight").sum()).sqrt()
 
-    with pytest.raises(ValueError, match=r"step 1: the gradient norm is (nan|inf), wanted a finite number"):
+    with pytest.raises(
+        ValueError, match=r"step 1: the gradient norm of batch [0-9a-f]{12} \(4 rows\) is (nan|inf), wanted a finite number"
+    ):
         fit(model, windows(counting(), 8, 4, 1), loss, plan())
     assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+# memory
+
+
+def uneven(step: int) -> Batch:
+    """Four rows of 8, 3, 0 and 5 scored targets."""
+    inputs, targets = windows(counting(), 8, 4, 1)(step)
+    targets = targets.clone()
+    for row, scored in enumerate((8, 3, 0, 5)):
+        targets[row, scored:] = -100
+    return inputs, targets
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_gradient_of_parts_is_that_of_the_whole_batch_however_unevenly_it_is_scored(rows: int) -> None:
+    model, seen = tiny(), dict[str, Tensor]()
+
+    def spy(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        seen.update({name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None})
+
+    oracle = tiny()
+    inputs, targets = uneven(0)
+    (F.cross_entropy(oracle(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / 16).backward()
+    hook = register_optimizer_step_pre_hook(spy)
+    done = fit(model, uneven, next_token, plan(steps=1, warmup_steps=0, micro_batch=rows, clip=1e9))
+    hook.remove()
+    for name, weight in oracle.named_parameters():
+        assert weight.grad is not None
+        torch.testing.assert_close(seen[name], weight.grad, atol=1e-6, rtol=0)
+    assert done.curve[0]["train_loss"] == pytest.approx(next_token(tiny(), uneven(0)).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_run_in_parts_ends_where_the_one_with_whole_batches_does(rows: int, optimizer: str) -> None:
+    """In double precision: in single, a moment of almost nothing is divided by its own root, which blows up the last bit."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-100)
+
+    ends = []
+    for micro_batch in (0, rows):
+        model = tiny().double()
+        fit(model, uneven, loss, plan(optimizer=optimizer, steps=40, micro_batch=micro_batch))
+        ends.append(list(model.parameters()))
+    for whole, parts in zip(*ends, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+
+
+def test_a_batch_in_which_nothing_is_scored_has_no_loss_in_parts_either() -> None:
+    with pytest.raises(ValueError, match=r"the loss of batch .* is nan"):
+        fit(tiny(), lambda step: (uneven(0)[0], torch.full((4, 8), -100)), next_token, plan(micro_batch=2))
+
+
+TOO_MUCH = 2**50  # bytes: no machine has them, so torch's own allocator refuses
+
+
+def hungry(rows: int, where: str = "forward") -> Any:
+    """The loss of a model that takes more memory than there is for more than `rows` rows at once."""
+
+    def allocate(*_: Tensor) -> None:
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value = next_token(model, batch)
+        if len(batch[0]) > rows:
+            value.register_hook(allocate) if where == "backward" else allocate()
+        return value
+
+    return loss
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_where_memory_runs_out_the_run_goes_on_in_smaller_parts_to_the_same_end(where: str) -> None:
+    rows: list[Mapping[str, float]] = []
+    backed_off, planned = tiny(), tiny()
+    fit(planned, uneven, next_token, plan(micro_batch=1))
+    with pytest.warns(UserWarning, match="out of memory") as told:
+        fit(backed_off, uneven, hungry(1, where), plan(), lambda step, row: rows.append(row))
+    said = [str(warning.message) for warning in told]
+    assert said == [f"step 1: out of memory with {rows} rows at once; going on with {rows // 2}" for rows in (4, 2)]
+    assert [row["micro_batch"] for row in rows] == [1] * 5
+    for mine, other in zip(backed_off.parameters(), planned.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_where_memory_does_not_hold_one_row_the_run_says_so_in_one_line() -> None:
+    wanted = r"step 1: memory does not hold even one row of the batch \(.*can't allocate memory.*\); lower context \(8\), take a smaller"
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(ValueError, match=wanted) as error:
+        fit(tiny(), uneven, hungry(0), plan())
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        fit(tiny(), uneven, lambda model, batch: model(batch[0]) @ torch.zeros(3, 3), plan())
+
+
+def small_gpt() -> Gpt:
+    torch.manual_seed(0)
+    return Gpt(GptShape(vocab_size=11, context=8, width=16, layers=3, heads=2, hidden=64, dropout=0.2, norm_eps=1e-5))
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """What the forward pass keeps for the backward pass."""
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        next_token(model.train(), windows(counting(), 8, 4, 1)(0))
+    return sum(kept)
+
+
+def test_checkpointing_keeps_less_and_learns_the_same_dropout_included() -> None:
+    kept, computed_again = small_gpt(), small_gpt()
+    fit(kept, windows(counting(), 8, 4, 1), next_token, plan(steps=10))
+    fit(computed_again, windows(counting(), 8, 4, 1), next_token, plan(steps=10, checkpointing=True))
+    for mine, other in zip(computed_again.parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=0)
+    assert kept_bytes(computed_again) < 0.5 * kept_bytes(kept)
+
+
+def test_checkpointing_of_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="checkpointing computes the layers of a gpt or llama again, and Tiny is none; set it to false"):
+        fit(tiny(), windows(counting(), 8, 4, 1), next_token, plan(checkpointing=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_learns_what_an_eager_one_does_under_the_same_names(tmp_path: Path) -> None:
+    eager, compiled = tiny(), tiny()
+    batches = windows(counting(), 8, 4, 1)
+    fit(eager, batches, next_token, plan(steps=10))
+    fit(compiled, batches, next_token, plan(steps=10, compile=True), journal=Journal(tmp_path), evaluate=lambda model: {"val_loss": 1.0})
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    for mine, other in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"torch.compile needs a C\+\+ compiler, found none of c\+\+, g\+\+, .* set compile to false"):
+        fit(tiny(), windows(counting(), 8, 4, 1), next_token, plan(compile=True))
 
 
 # params

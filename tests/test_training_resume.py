@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import signal
 import time
+import warnings
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llm_from_scratch.bundle import load_tensors
 from llm_from_scratch.training.batches import windows
 from llm_from_scratch.training.loop import Batch, Batches, Fitted, fit, next_token
 from llm_from_scratch.training.optimizer import build
 from llm_from_scratch.training.plan import Plan
-from llm_from_scratch.training.resume import Journal, Saved, capture, code_digest, run_folder
+from llm_from_scratch.training.resume import BAD_BATCH, Journal, Saved, capture, code_digest, run_folder
 
 PLAN: dict[str, Any] = {
     "seed": 1,
     "context": 8,
     "batch": 4,
+    "micro_batch": 0,
     "steps": 50,
     "optimizer": "muon",
     "learning_rate": 0.02,
@@ -37,6 +40,9 @@ PLAN: dict[str, Any] = {
     "final_share": 0.1,
     "clip": 1.0,
     "precision": "fp32",
+    "checkpointing": False,
+    "compile": False,
+    "parallel": "none",
     "evaluate_every": 15,
     "checkpoint_every": 7,
 }
@@ -99,7 +105,9 @@ def without_clock(fitted: Fitted) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "tok_per_s"} for row in fitted.curve]
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"precision": "fp16"}], ids=["muon", "adamw", "fp16"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "adamw"}, {"precision": "fp16"}, {"micro_batch": 3}], ids=["muon", "adamw", "fp16", "in parts"]
+)
 @pytest.mark.parametrize("dies_at", [3, 7, 22, 49])
 def test_a_stopped_run_ends_in_the_same_bits_and_the_same_curve(tmp_path: Path, dies_at: int, changes: dict[str, Any]) -> None:
     straight, stopped = forgetful(), forgetful()
@@ -208,13 +216,35 @@ def test_the_state_before_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> N
         return next_token(model, batch) * (float("nan") if int(model.get_buffer("seen")) == 10 * 32 else 1)
 
     model = forgetful()
-    with pytest.raises(ValueError, match=f"step 10: the loss is nan, wanted a finite number; the state before it is in {tmp_path}; lower"):
+    wanted = (
+        rf"step 10: the loss of batch \w+ \(4 rows\) is nan, .*; the state before it is in {tmp_path}, the rows are in bad_batch.* there"
+    )
+    with pytest.raises(ValueError, match=wanted):
         fit(model, batches(), loss, plan(), journal=Journal(tmp_path))
     latest = Journal(tmp_path).latest()
     assert latest is not None
     assert latest.step == 9
     assert torch.equal(latest.tensors["model.tokens.weight"], model.tokens.weight)
     assert model.tokens.weight.isfinite().all()
+    seen = load_tensors(tmp_path / BAD_BATCH)
+    assert torch.equal(seen["inputs"], batches()(9)[0])
+    assert torch.equal(seen["targets"], batches()(9)[1])
+
+
+def test_how_many_rows_memory_holds_is_remembered_over_a_kill(tmp_path: Path) -> None:
+    def hungry(model: nn.Module, batch: Batch) -> Tensor:
+        torch.empty(2**50 if len(batch[0]) > 2 else 1, dtype=torch.uint8)  # the allocator really refuses that much
+        return next_token(model, batch)
+
+    straight, resumed = forgetful(), forgetful()
+    with pytest.warns(UserWarning, match="step 1: out of memory with 4 rows at once; going on with 2"):
+        fit(straight, batches(), hungry, plan())
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(Killed):
+        fit(forgetful(), batches(dies_at=30), hungry, plan(), journal=Journal(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(resumed, batches(), hungry, plan(), journal=Journal(tmp_path))
+    assert digest(resumed) == digest(straight)
 
 
 def test_another_configuration_other_data_or_other_code_is_another_run(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from llm_from_scratch.training.plan import Plan
+from llm_from_scratch.training.sharded import shared_like, whole
 
 BETAS = (0.9, 0.99)  # a slower second moment than the usual 0.95: our batches hold few tokens, so their gradients are noisy
 MOMENTUM = 0.95
@@ -86,16 +87,22 @@ class Optimizer:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         for place, part in enumerate(self.parts):
+            weights = [weight for group in part.param_groups for weight in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for key, tensor in tensors.items():
                 owner, index, name = key.split(".")
                 if int(owner) == place:
-                    state.setdefault(int(index), {})[name] = tensor
+                    weight = weights[int(index)]
+                    moment = tensor.shape == weight.shape  # and not a count of steps
+                    state.setdefault(int(index), {})[name] = shared_like(tensor, weight) if moment else tensor
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum made orthogonal. Matrices of one shape form a group, and a step is one batched product for all of them."""
+    """Nesterov momentum made orthogonal. Matrices of one shape form a group, and a step is one batched product for all of them.
+
+    Of matrices that processes share, each gathers all and does the whole work: right, and as slow as on one process.
+    """
 
     def __init__(self, matrices: Iterable[Parameter], lr: float, weight_decay: float) -> None:
         shapes: dict[torch.Size, list[Parameter]] = {}
@@ -110,11 +117,11 @@ class Muon(torch.optim.Optimizer):
             moved = [matrix for matrix in group["params"] if matrix.grad is not None]
             if not moved:
                 continue
-            directions = orthogonal(torch.stack([self._nesterov(matrix) for matrix in moved]))
+            directions = orthogonal(torch.stack([whole(self._nesterov(matrix)) for matrix in moved]))
             rows, columns = moved[0].shape
             rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
             for matrix, direction in zip(moved, directions, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(shared_like(direction, matrix), alpha=rate)
 
     def _nesterov(self, matrix: Parameter) -> Tensor:
         state, gradient = self.state[matrix], matrix.grad

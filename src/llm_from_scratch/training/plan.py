@@ -16,14 +16,20 @@ from llm_from_scratch.section import Section
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, lt=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Parallelism = Literal["none", "ddp", "fsdp"]
 
 
 class Plan(Section):
-    """How to train, whatever the model and the loss. Steps count optimizer steps, shares are of all steps or of the rate."""
+    """How to train, whatever the model and the loss. Steps count optimizer steps, shares are of all steps or of the rate.
+
+    `micro_batch` rows go through the model at once, 0 for the whole batch; what is learned is the same.
+    `parallel` says how processes that torchrun started share the work; the batch is that of all of them together.
+    """
 
     seed: Annotated[int, Field(ge=0)]
     context: Positive
     batch: Positive
+    micro_batch: Annotated[int, Field(ge=0)]
     steps: Positive
     optimizer: Literal["adamw", "muon"]
     learning_rate: Rate
@@ -34,6 +40,9 @@ class Plan(Section):
     final_share: Share
     clip: Annotated[float, Field(gt=0)]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    checkpointing: bool
+    compile: bool
+    parallel: Parallelism
     evaluate_every: Positive
     checkpoint_every: Positive
 

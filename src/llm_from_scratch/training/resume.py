@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from llm_from_scratch.bundle import BundleError, load_tensors, save_tensors, seal, verify, writing
 from llm_from_scratch.training.optimizer import Optimizer
+from llm_from_scratch.training.sharded import shared_like
 
 KEPT = 2
+BAD_BATCH = "bad_batch.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Journal:
         self.settle()
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved.tensors.items()}
         self._pending = self._writer.submit(self._write, saved.step, tensors, json.dumps(saved.facts))
+
+    def keep_batch(self, inputs: Tensor, targets: Tensor) -> None:
+        """Put a batch that stopped the run beside the saves, for a person to look at."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.folder / BAD_BATCH, {"inputs": inputs, "targets": targets})
 
     def settle(self) -> None:
         """Wait until everything is on disk. Raises whatever the writing raised."""
@@ -102,7 +109,7 @@ def restore(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: Optimize
         raise ValueError(f"{odd}: the saved run has {found.get(odd)}, the model {wanted.get(odd)}; remove the run's folder to start anew")
     with torch.no_grad():
         for name, tensor in changing.items():
-            tensor.copy_(weights[name])
+            tensor.copy_(shared_like(weights[name], tensor))
     optimizer.load_state_dict(_under("optimizer.", tensors))
     states = _under("random.", tensors)
     torch.set_rng_state(states["cpu"])
