@@ -6,8 +6,11 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -15,15 +18,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 from pydantic import TypeAdapter, ValidationError
 
-from llm_from_scratch.data import archives, corpora, documents, fetch, readers
+from llm_from_scratch.data import archives, corpora, documents, fetch, readers, streams
 from llm_from_scratch.data.archives import ArchiveError
-from llm_from_scratch.data.corpora import Source
+from llm_from_scratch.data.corpora import Source, StreamSource
 from llm_from_scratch.data.documents import Document
 from llm_from_scratch.data.fetch import FetchError, Patience, Pinned, Route
 from llm_from_scratch.data.registry import Registry, pip_registry
@@ -31,6 +35,7 @@ from llm_from_scratch.data.registry import Registry, pip_registry
 BODY = bytes(range(256)) * 4096  # 1 MiB, every stretch of it recognisable by its place
 NOISE = random.Random(0).randbytes(1 << 19)  # does not get smaller in an archive
 PATIENCE = Patience(attempts=3, backoff=0.0)
+PARAMS = Path(__file__).parent.parent / "params.yaml"
 
 
 @dataclass
@@ -125,7 +130,11 @@ def no_registry() -> Registry:
 
 def source(**fields: Any) -> Source:
     described = {"reader": "files", "licence": "MIT", "language": "en", "validation": 0.5}
-    return TypeAdapter(Source).validate_python({**described, **fields})
+    return source_of(**{**described, **fields})
+
+
+def source_of(**fields: Any) -> Source:
+    return TypeAdapter(Source).validate_python(fields)
 
 
 def url_source(server: Server, body: bytes = BODY) -> Source:
@@ -535,3 +544,250 @@ def test_documents_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
 
     assert list(documents.read_documents(tmp_path)) == kept
     assert list(documents.read_documents(tmp_path, "validation")) == [document for document in kept if document.split == "validation"]
+
+
+# Corpora larger than memory
+
+
+def stream_of(place: Path | str, **fields: Any) -> StreamSource:
+    said = {"revision": "main", "config": "", "split": "train", "column": "text", "maximum_bytes": 0, "checked_documents": 50}
+    described = {"licence": "MIT", "language": "en", "validation": 0.1}
+    return StreamSource.model_validate({"kind": "stream", "repository": str(place), **said, **described, **fields})
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A data set as a hub repository holds it: three parquet files, 300 rows."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    folder = tmp_path / "org" / "Some.Words"
+    (folder / "data").mkdir(parents=True)
+    for shard in range(3):
+        rows = [f"Row {shard}-{place}: Über\r\nalles {'word ' * (place % 7)}" for place in range(100)]
+        table = pyarrow.table({"text": rows, "score": list(range(100))})
+        parquet.write_table(table, folder / f"data/train-0000{shard}-of-00003.parquet", row_group_size=20)
+    return folder
+
+
+def gathered(source: StreamSource, folder: Path) -> list[Document]:
+    streams.gather(source, streams.open_stream(source), folder)
+    return list(documents.read_documents(folder))
+
+
+def test_a_stream_becomes_documents_in_its_order_each_with_its_own_split(hub: Path, tmp_path: Path) -> None:
+    source = stream_of(hub)
+    found = gathered(source, tmp_path / "out")
+
+    assert [document.text.split(":")[0] for document in found] == [f"Row {shard}-{place}" for shard in range(3) for place in range(100)]
+    assert found[0] == documents.with_splits([Document("some-words-1", "some-words-1", "Row 0-0: Über\nalles ")], 0.1)[0]
+    assert len({document.id for document in found}) == 300
+    assert 10 < sum(document.split == "validation" for document in found) < 60
+    assert source.origin == f"{hub}@main"
+
+
+def test_a_stream_stops_before_it_is_too_long(hub: Path, tmp_path: Path) -> None:
+    whole = gathered(stream_of(hub), tmp_path / "whole")
+    some = gathered(stream_of(hub, maximum_bytes=1000), tmp_path / "some")
+
+    sizes = [len(document.text.encode()) for document in whole]
+    assert some == whole[: len(some)]
+    assert sum(sizes[: len(some)]) <= 1000 < sum(sizes[: len(some) + 1])
+
+
+@pytest.mark.parametrize("rows_read", [1, 25, 107, 260])
+def test_a_stream_that_was_cut_goes_on_and_ends_in_the_same_bytes(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_read: int
+) -> None:
+    monkeypatch.setattr(streams, "NOTED_EVERY", 20)
+    source = stream_of(hub)
+    gathered(source, tmp_path / "whole")
+
+    class Cut:
+        """The data set, whose connection breaks after some rows."""
+
+        def __init__(self, rows: streams.Rows) -> None:
+            self.rows = rows
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for number, row in enumerate(self.rows):
+                if number == rows_read:
+                    raise ConnectionResetError("peer\nwent away")
+                yield row
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.rows.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.rows.load_state_dict(state_dict)
+
+    with pytest.raises(FetchError, match=r"@main: the stream broke: ConnectionResetError: peer went away; what came is kept") as caught:
+        streams.gather(source, Cut(streams.open_stream(source)), tmp_path / "cut")
+    assert "\n" not in str(caught.value)
+    gathered(source, tmp_path / "cut")
+    assert (tmp_path / "cut/documents.jsonl").read_bytes() == (tmp_path / "whole/documents.jsonl").read_bytes()
+
+    streams.gather(source, Cut(streams.open_stream(source)), tmp_path / "cut")  # all is there, so no row is asked for
+    assert (tmp_path / "cut/documents.jsonl").read_bytes() == (tmp_path / "whole/documents.jsonl").read_bytes()
+
+
+def test_what_another_source_left_is_not_gone_on_with(hub: Path, tmp_path: Path) -> None:
+    gathered(stream_of(hub, validation=0.5), tmp_path / "out")
+    found = gathered(stream_of(hub, maximum_bytes=1000), tmp_path / "out")
+    assert found == gathered(stream_of(hub, maximum_bytes=1000), tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"column": "txt"}, "wanted text in column 'txt', found columns text, score; correct `column`$"),
+        ({"column": "score"}, "wanted text in column 'score'"),
+        ({"split": "test"}, "cannot be opened: .*check repository, revision, config, split and the network$"),
+        ({"config": "en"}, "cannot be opened: .*'en' not found"),
+    ],
+    ids=["no such column", "numbers", "no such split", "no such config"],
+)
+def test_a_stream_that_is_not_as_said_is_one_line(hub: Path, tmp_path: Path, fields: dict[str, str], complaint: str) -> None:
+    with pytest.raises(FetchError, match=complaint) as caught:
+        gathered(stream_of(hub, **fields), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_survey_counts_all_and_keeps_an_even_sample_in_order() -> None:
+    many = [Document(str(number), "", "ä" * (number % 3), "validation" if number % 10 == 0 else "train") for number in range(1000)]
+    found = streams.survey(iter(many), 100)
+
+    assert (found.documents, found.bytes) == (1000, sum(2 * (number % 3) for number in range(1000)))
+    assert found.validation_bytes == sum(2 * (number % 3) for number in range(0, 1000, 10))
+    places = [int(document.id) for document in found.sample]
+    assert places == sorted(set(places))
+    assert len(places) == 100
+    assert 400 < sum(places) / 100 < 600
+    assert streams.survey(iter(many), 5000).sample == many
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path) -> Path:
+    zstandard = pytest.importorskip("zstandard")
+    folder = tmp_path / "texts"
+    (folder / "deep/.git").mkdir(parents=True)
+    (folder / "b.txt").write_text("A book.\r\n\r\nIts second part.")
+    (folder / "a.md").write_text("# Notes\n")
+    (folder / "deep/c.jsonl.zst").write_bytes(zstandard.compress(b'{"title": "C", "text": "one"}\n{"title": "C", "text": "two"}\n'))
+    (folder / "deep/d.jsonl").write_text('{"text": "three"}\n')
+    (folder / "deep/.git/e.txt").write_text("hidden")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def test_a_folder_is_read_by_the_endings_of_its_files(text_folder: Path) -> None:
+    found = list(streams.folder_documents(text_folder, 0.0))
+    assert [(document.id, document.title, document.text) for document in found] == [
+        ("a.md", "a", "# Notes\n"),
+        ("b.txt", "b", "A book.\n\nIts second part.\n"),
+        ("deep/c.jsonl.zst", "C", "one"),
+        ("deep/c.jsonl.zst:2", "C", "two"),
+        ("deep/d.jsonl", "d 1", "three"),
+    ]
+
+
+def test_a_folder_of_one_text_is_cut_so_that_there_is_something_to_hold_out(tmp_path: Path) -> None:
+    (tmp_path / "plays.txt").write_text("\n\n".join(f"Speech {number}." for number in range(500)))
+    for place in (tmp_path, tmp_path / "plays.txt"):
+        found = list(streams.folder_documents(place, 0.3))
+        assert len(found) == readers.PIECES
+        assert found[1].id == "plays.txt:2"
+        assert {document.split for document in found} == {"train", "validation"}
+
+
+def test_the_digest_of_a_folder_is_that_of_sha256sum_over_what_is_read(text_folder: Path) -> None:
+    names = ["a.md", "b.txt", "deep/c.jsonl.zst", "deep/d.jsonl"]
+    listing = "".join(f"{sha256((text_folder / name).read_bytes())}  {name}\n" for name in names)
+    assert streams.tree_digest(text_folder) == sha256(listing.encode())
+
+    (text_folder / "picture.png").write_bytes(b"another")
+    assert streams.tree_digest(text_folder) == sha256(listing.encode())
+    (text_folder / "b.txt").write_text("changed")
+    assert streams.tree_digest(text_folder) != sha256(listing.encode())
+
+
+def test_a_folder_without_text_says_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    with pytest.raises(
+        ValueError, match=r"found no file that ends in \.txt, \.md, \.jsonl, \.jsonl\.gz, .*; correct `path` in params\.yaml"
+    ):
+        streams.folder_files(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stream", "folder"])
+def test_the_stage_places_a_checked_corpus_and_says_what_it_was(
+    kind: str, tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str], shipped_download: dict[str, Any]
+) -> None:
+    from llm_from_scratch import bundle
+    from stages import download
+
+    limits = shipped_download["validate"] | {"warnings": ["near_duplicates", "language", "pii", "overlap", "duplicates", "leaked"]}
+    settings = corpora.DownloadParams.model_validate(shipped_download | {"fetch": ["some"], "validate": limits})
+    described = {"licence": "MIT", "language": "en", "validation": 0.2, "checked_documents": 30}
+    chosen: Any = stream_of(hub, **described)
+    if kind == "folder":
+        chosen = source_of(kind="folder", path="org/Some.Words", sha256=streams.tree_digest(hub), **described)
+    download.run(SimpleNamespace(sources={"some": chosen}, download=settings), "some", tmp_path)  # type: ignore[arg-type]
+
+    placed = tmp_path / "artifacts/raw/some"
+    facts = bundle.verify(placed, "corpus").facts
+    found = list(documents.read_documents(placed))
+    assert [path.name for path in sorted(placed.iterdir())] == ["documents.jsonl", "manifest.json"]
+    assert (facts["documents"], facts["bytes"]) == (300, sum(len(document.text.encode()) for document in found))
+    assert facts["sha256"] == [bundle.file_digest(placed / "documents.jsonl") if kind == "stream" else streams.tree_digest(hub)]
+    assert facts["origin"] in (f"{hub}@main", "Some.Words")
+    metrics = json.loads((tmp_path / "artifacts/logs/download/some/metrics.json").read_text())
+    assert (metrics["documents"], metrics["documents_in_all"]) == (30, 300)
+    assert "some: checking 30 of 300 documents" in capsys.readouterr().err
+
+
+def test_a_folder_that_changed_is_refused(tmp_path: Path, text_folder: Path, shipped_download: dict[str, Any]) -> None:
+    from stages import download
+
+    changed = source_of(kind="folder", path="texts", sha256="0" * 64, licence="MIT", language="en", validation=0.1, checked_documents=9)
+    settings = corpora.DownloadParams.model_validate(shipped_download)
+    with pytest.raises(ValueError, match=r"texts: sha256 of its files is [0-9a-f]{64}, wanted 0{64}; restore them"):
+        download.run(SimpleNamespace(sources={"some": changed}, download=settings), "some", tmp_path)  # type: ignore[arg-type]
+    assert not (tmp_path / "artifacts/raw/some").exists()
+
+
+@pytest.mark.network
+def test_the_hub_gives_the_rows_of_the_source_that_params_names(tmp_path: Path) -> None:
+    """In a process of its own: in this one the hub's library was told to stay offline."""
+    from ruamel.yaml import YAML
+
+    try:
+        requests.head("https://huggingface.co", timeout=5)
+    except requests.RequestException as error:
+        pytest.skip(f"needs the Hugging Face hub: {type(error).__name__}")
+    said = YAML(typ="safe", pure=True).load(PARAMS)["sources"]["fineweb_edu"] | {"maximum_bytes": 20_000}
+    script = (
+        "import json, sys; from pathlib import Path; from llm_from_scratch.data import streams; "
+        "from llm_from_scratch.data.corpora import StreamSource as S; source = S.model_validate_json(sys.argv[1]); "
+        "streams.gather(source, streams.open_stream(source), Path(sys.argv[2]))"
+    )
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", script, json.dumps(said), str(tmp_path)],
+            env=os.environ | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        pytest.skip("needs the Hugging Face hub: no answer in 60 s")
+    if run.returncode:
+        pytest.skip(f"needs the Hugging Face hub: {run.stderr.strip().splitlines()[-1][:200]}")
+    found = list(documents.read_documents(tmp_path))
+    assert found
+    assert all(document.text for document in found)
+
+
+@pytest.fixture(scope="module")
+def shipped_download() -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    section: dict[str, Any] = YAML(typ="safe", pure=True).load(PARAMS)["download"]
+    return section

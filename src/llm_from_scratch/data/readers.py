@@ -62,9 +62,14 @@ def text(paths: Iterable[Path]) -> Iterator[Document]:
     """One document a file; a file that is alone is cut at blank lines into PIECES consecutive documents of about equal length."""
     paths = list(paths)
     for path in paths:
-        pieces = _pieces(_text(path), PIECES if len(paths) == 1 else 1)
-        for number, piece in enumerate(pieces, start=1):
-            yield Document(slug(path.stem), path.stem if len(pieces) == 1 else f"{path.stem} {number}", piece)
+        yield from text_of(path, PIECES if len(paths) == 1 else 1)
+
+
+def text_of(path: Path, count: int) -> Iterator[Document]:
+    """A text file as at most `count` documents."""
+    pieces = _pieces(_text(path), count)
+    for number, piece in enumerate(pieces, start=1):
+        yield Document(slug(path.stem), path.stem if len(pieces) == 1 else f"{path.stem} {number}", piece)
 
 
 def jsonl(paths: Iterable[Path]) -> Iterator[Document]:
@@ -88,6 +93,11 @@ def files(paths: Iterable[Path]) -> Iterator[Document]:
     return iter(())
 
 
+def lines(text: str) -> str:
+    """`text` with every end of a line as \\n."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 _READERS: dict[ReaderName, Callable[[Iterable[Path]], Iterator[Document]]] = {
     "gutenberg": gutenberg,
     "wiki_summaries": wiki_summaries,
@@ -100,11 +110,7 @@ _READERS: dict[ReaderName, Callable[[Iterable[Path]], Iterator[Document]]] = {
 
 def _text(path: Path) -> str:
     with _naming(path, "UTF-8 text"):
-        return _lines(path.read_bytes().decode("utf-8-sig"))
-
-
-def _lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        return lines(path.read_bytes().decode("utf-8-sig"))
 
 
 def _pieces(text: str, count: int) -> list[str]:
@@ -124,7 +130,7 @@ def _entry(entry: dict[str, str]) -> Document:
 
 def _row(path: Path, number: int, row: dict[str, Any]) -> Document:
     title = row.get("title") or f"{path.name.split('.')[0]} {number}"
-    return Document(slug(title), title, _lines(row["text"]))
+    return Document(slug(title), title, lines(row["text"]))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llm_from_scratch.evaluation.mixture import MixtureParams
 from llm_from_scratch.section import Section
 
 
@@ -14,6 +13,13 @@ class PromotionParams(Section):
     metric: str
     finetune_metric: str
     minimum_gain: float = Field(ge=0)
+
+
+class MixtureParams(Section):
+    """`slice_tokens` at the end of train fit the weights of an n-gram of `order` that was counted without them."""
+
+    order: int = Field(ge=1)
+    slice_tokens: int = Field(ge=1)
 
 
 class EvaluateParams(Section):

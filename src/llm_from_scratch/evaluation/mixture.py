@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import PositiveInt
 from torch import nn
 
+from llm_from_scratch.evaluation import MixtureParams
 from llm_from_scratch.evaluation.likelihood import Likelihood, Progress, score, silent, token_nats
 from llm_from_scratch.model.ngram import NGram
-from llm_from_scratch.section import Section
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -39,13 +38,6 @@ DEGREES = 8
 
 ENOUGH = 100
 """Tokens that a weight of their own takes: two or three would put it at 0 or 1."""
-
-
-class MixtureParams(Section):
-    """`slice_tokens` at the end of train fit the weights of an n-gram of `order` that was counted without them."""
-
-    order: PositiveInt
-    slice_tokens: PositiveInt
 
 
 @dataclass(frozen=True)

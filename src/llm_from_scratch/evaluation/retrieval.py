@@ -13,22 +13,19 @@ Shapes: Q questions of one prompt length, C choices each, L tokens of the longes
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from llm_from_scratch.data.chat import question_messages
 from llm_from_scratch.data.questions import Question
 from llm_from_scratch.evaluation import EvaluateParams
 from llm_from_scratch.evaluation.generation import exact_match, token_f1
+from llm_from_scratch.evaluation.multiple_choice import alike, bootstrap_interval, continuations, credit
 from llm_from_scratch.inference.decoding import context_of, evaluating
 from llm_from_scratch.inference.kv_cache import KVCache
 from llm_from_scratch.model.ngram import NGram
@@ -40,9 +37,6 @@ from llm_from_scratch.tokenizer.chat import render
 
 CONDITIONS = ("none", "random", "retrieved", "oracle")
 TOGETHER = 16  # prompts of one length read at once
-RESAMPLES = 2000
-UNSCORED = -100
-TIE = 1e-6  # nats a token: nearer than this is rounding
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ def replies(
     """What `model` makes of each prompt, `choices` being token ids that end in <|end|>, as many for every prompt."""
     made: dict[int, Reply] = {}
     ends = frozenset(tokenizer.special.values())
-    for places in _alike([len(prompt) for prompt in prompts]):
+    for _, places in alike([len(prompt) for prompt in prompts], TOGETHER):
         scores, written = _read(model, [prompts[place] for place in places], [choices[place] for place in places], answer_tokens, ends)
         for place, row, ids in zip(places, scores.tolist(), written, strict=True):
             made[place] = Reply(tuple(row), tokenizer.decode(ids).strip())
@@ -129,7 +123,9 @@ def replies(
 
 def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int) -> dict[str, float]:
     """The means over all questions. A tie between choices counts as its chance, so a model that cannot tell them apart has just that."""
-    credits = np.array([_credit(question, reply.scores) for question, reply in zip(questions, found, strict=True)])
+    credits = np.array(
+        [credit(reply.scores, question.choices.index(question.answer)) for question, reply in zip(questions, found, strict=True)]
+    )
     low, high = bootstrap_interval(credits, seed)
     pairs = [(reply.text, question.answer) for question, reply in zip(questions, found, strict=True)]
     return {
@@ -142,14 +138,6 @@ def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int) -> 
     }
 
 
-def bootstrap_interval(values: NDArray[np.float64], seed: int) -> tuple[float, float]:
-    """Where the mean of `values` lies in 95% of 2,000 resamples with replacement (Efron's percentile interval)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
 @torch.inference_mode()
 def _read(
     model: nn.Module, prompts: list[list[int]], choices: list[Sequence[list[int]]], answer_tokens: int, ends: Collection[int]
@@ -157,33 +145,11 @@ def _read(
     """Prompts (Q, T) to the score of each choice (Q, C), and the greedy answers."""
     read = KVCache.of(model, len(prompts[0]) + answer_tokens, batch=len(prompts))
     device = read.keys.device
-    offered = [torch.tensor(ids, device=device) for row in choices for ids in row]
-    each = len(offered) // len(prompts)
+    lengths = torch.tensor([[len(ids) for ids in row] for row in choices], device=device)
     with evaluating(model):
         after = model(torch.tensor(prompts, device=device), read)[:, -1]
-        scores = _mean_log_probability(
-            model, after.repeat_interleave(each, 0), _branched(model, read, each, max(map(len, offered))), offered
-        )
-        return scores.view(len(prompts), each), _greedy(model, after, read, answer_tokens, ends)
-
-
-def _branched(model: nn.Module, read: KVCache, each: int, room: int) -> KVCache:
-    """Every row of `read` `each` times, side by side, with room for that many more tokens."""
-    length = read.length
-    branches = KVCache.of(model, length + room, batch=read.keys.size(1) * each)
-    branches.keys[:, :, :, :length] = read.keys[:, :, :, :length].repeat_interleave(each, 1)
-    branches.values[:, :, :, :length] = read.values[:, :, :, :length].repeat_interleave(each, 1)
-    branches.length = length
-    return branches
-
-
-def _mean_log_probability(model: nn.Module, after: Tensor, read: KVCache, offered: list[Tensor]) -> Tensor:
-    """Of each text that is offered, behind its row of what was read. Padding is on the right, where no scored token looks."""
-    targets = pad_sequence(offered, batch_first=True, padding_value=UNSCORED)
-    later = model(targets[:, :-1].clamp(min=0), read)
-    logits = torch.cat((after[:, None], later), 1).float()
-    nats = cross_entropy(logits.transpose(1, 2), targets, ignore_index=UNSCORED, reduction="none")
-    return -nats.sum(1) / (targets != UNSCORED).sum(1)
+        scores = continuations(model, after, read, choices) / lengths
+        return scores, _greedy(model, after, read, answer_tokens, ends)
 
 
 def _greedy(model: nn.Module, after: Tensor, read: KVCache, most: int, ends: Collection[int]) -> list[list[int]]:
@@ -203,23 +169,9 @@ def _greedy(model: nn.Module, after: Tensor, read: KVCache, most: int, ends: Col
     return written
 
 
-def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of equal length, in groups that are read at once: no padding on the left, so positions are those of a lone prompt."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for place, length in enumerate(lengths):
-        groups[length].append(place)
-    for places in groups.values():
-        yield from (places[start : start + TOGETHER] for start in range(0, len(places), TOGETHER))
-
-
 def _ids(tokenizer: Tokenizer, choice: str) -> list[int]:
     """A choice as the assistant's whole answer."""
     return [*tokenizer.encode(choice), tokenizer.special[END_OF_TURN]]
-
-
-def _credit(question: Question, scores: Sequence[float]) -> float:
-    best = [choice for choice, score in zip(question.choices, scores, strict=True) if max(scores) - score <= TIE]
-    return float(question.answer in best) / len(best)
 
 
 def _strangers(questions: Sequence[Question], seed: int) -> list[str]:

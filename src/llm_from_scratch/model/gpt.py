@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, C width, H heads, D = C / H head width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -148,6 +148,22 @@ class Gpt(Rung):
             maps.append(attention_weights(q, k)[0])
             x = block(x, None, layer)
         return torch.stack(maps)
+
+
+@torch.no_grad()
+def with_vocabulary(model: Gpt, vocab_size: int) -> Gpt:
+    """The same model with rows for more tokens, so that OpenAI's 50,257 make room for special tokens that a tokenizer puts after them.
+
+    The logits of the old tokens stay as they were. New rows start at the mean of the old ones, so none is likely for its size alone
+    (Hewitt 2021). Raises ValueError for fewer tokens than there are.
+    """
+    if (extra := vocab_size - model.shape.vocab_size) < 0:
+        raise ValueError(f"the model has {model.shape.vocab_size} tokens, and {vocab_size} would cut some off; give as many or more")
+    with torch.random.fork_rng(devices=[]):
+        grown = Gpt(replace(model.shape, vocab_size=vocab_size))
+    state, table = model.state_dict(), model.transformer.wte.weight
+    grown.load_state_dict(state | {"transformer.wte.weight": torch.cat((table, table.mean(0, keepdim=True).expand(extra, -1)))})
+    return grown.train(model.training)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -6,11 +6,14 @@ What is not the function that our rung computes (another activation, scaled rota
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from llm_from_scratch.bundle import BundleError
 from llm_from_scratch.model.gpt import Gpt, GptShape
 from llm_from_scratch.model.llama import Llama, LlamaShape
 
@@ -21,6 +24,8 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 """GPT-2 keeps these as (in, out), where a linear layer has (out, in)."""
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Tables that old checkpoints carry along; we compute them."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
 
 def config_of(model: Gpt | Llama) -> dict[str, Any]:
@@ -34,6 +39,20 @@ def from_config(config: Config) -> Gpt | Llama:
         return Gpt(_gpt_shape(config)) if config["model_type"] == "gpt2" else Llama(_llama_shape(config))
     except KeyError as error:
         raise ValueError(f"config.json of a {config['model_type']} has no {error}; take it from the folder the weights came with") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: the one, or the shards that its index lists, which are looked for in the folder only.
+
+    Raises BundleError for a folder whose weights are a pickle: opening one runs whatever code is in it.
+    """
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        pickles = [name for name in PICKLES if (folder / name).exists()]
+        if pickles and not (folder / WEIGHTS).exists():
+            raise BundleError(f"{folder / pickles[0]} is a pickle, which runs code when it is opened; fetch {WEIGHTS} of the same model")
+        return [folder / WEIGHTS]
+    shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / Path(shard).name for shard in sorted(set(shards))]
 
 
 def export_names(model: Gpt | Llama) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from llm_from_scratch.model.rung import Rung
 
 LADDER = ("ngram", "bigram", "mlp", "attention", "gpt", "llama")
 OURS = "llm_from_scratch_"
-CONFIG, GENERATION, WEIGHTS, INDEX = "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 
 
 def _known(value: Any) -> Any:
@@ -162,10 +162,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one safetensors file or from the shards that its index lists."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return load_tensors(folder / WEIGHTS)
-    shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in load_tensors(folder / Path(shard).name).items()}
+    return {name: tensor for path in huggingface.weight_files(folder) for name, tensor in load_tensors(path).items()}
 
 
 def _params(name: str, config: Mapping[str, Any]) -> ModelParams:
