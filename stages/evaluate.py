@@ -8,18 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llm_from_scratch import bundle, progress, tracking
+from llm_from_scratch import bundle, progress, tokenizer, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import read_documents
 from llm_from_scratch.data.questions import questions
+from llm_from_scratch.data.shards import open_shards
 from llm_from_scratch.evaluation.heatmaps import attention_of
+from llm_from_scratch.evaluation.mixture import count, mixture
 from llm_from_scratch.evaluation.retrieval import CONDITIONS, question_answering, retrieval_quality
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
+from llm_from_scratch.model import registry
+from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.report import book, figures, gather
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
 from llm_from_scratch.retrieval.rag import answer
+from llm_from_scratch.training.plan import TrainParams
 
 HEATMAPS = ("attention", "gpt")
 ILLUSTRATED = 8  # answered questions shown with what was read
@@ -31,18 +36,35 @@ def run(params: Params, name: str, root: Path) -> None:
     manifests = {model: bundle.verify(artifacts / "models" / model) for model in models}
 
     reads = [f"artifacts/raw/{params.index.documents}", f"artifacts/raw/{params.index.embedder}", "artifacts/index"]
-    reads += [f"artifacts/models/{model}" for model in models]
+    reads += [f"artifacts/models/{model}" for model in models] + [f"artifacts/tokens/{params.train['ngram'].tokens}"]
     with tracking.stage_run("evaluate", "", params.evaluate.model_dump(), reads) as log:
+        mixed = with_ngram(params, artifacts)
         answers, illustrated = ask(params, artifacts)
-        for part, rows in answers.items():
+        for part, rows in (answers | {"mixture": mixed}).items():
             log(0, {f"{part}_{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
 
-    metrics = measured(params, artifacts / "logs") | answers | {"digests": {model: made.digest for model, made in manifests.items()}}
+    digests = {model: made.digest for model, made in manifests.items()}
+    metrics = measured(params, artifacts / "logs") | answers | {"mixture": mixed, "digests": digests}
     gather.write(reports / "metrics.json", metrics)
     draw(params, artifacts, reports / "figures", metrics)
     story = book.Story(gather.rounded(metrics), params.model_dump(), manifests, samples(params, artifacts / "logs"), illustrated)
     book.write(reports, story)
     gather.write(reports / "verdict.json", verdict(params, metrics, manifests))
+
+
+def with_ngram(params: Params, artifacts: Path) -> dict[str, Any]:
+    """Each rung that reads the n-gram's tokens, mixed with an n-gram; the end of train, which the rung has seen, fits the weights."""
+    ruler = params.train["ngram"].tokens
+    shards, words = open_shards(artifacts / "tokens" / ruler), tokenizer.load(artifacts / "tokens" / ruler)
+    counted = count(shards.train, shards.vocab_size, params.evaluate.mixture)
+    rungs = {name: rung for name, rung in params.train.items() if isinstance(rung, TrainParams) and rung.tokens == ruler}
+    found = {}
+    for name, rung in progress.bar(rungs.items(), desc="mixing with the n-gram", unit=" rungs"):
+        model = registry.load_model(artifacts / "models" / name)
+        assert isinstance(model, Rung)
+        mixed = mixture(model, counted, shards.val[: rung.evaluate_tokens or None], words.token_bytes(), rung.context)
+        found[name] = mixed.likelihood.metrics()
+    return found
 
 
 def ask(params: Params, artifacts: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -87,6 +109,8 @@ def draw(params: Params, artifacts: Path, folder: Path, metrics: Mapping[str, An
     figures.loss_curves(folder, curves)
     figures.quantization(folder, metrics["quantize"])
     figures.question_answering(folder, metrics["rag"], chance=1 / params.evaluate.choices)
+    encodings = artifacts / "logs" / "tokenize" / params.train["base"].tokens / "encoding.json"
+    figures.encodings(folder, json.loads(encodings.read_text(encoding="utf-8")))
     figures.token_lengths(folder, {name: row["bytes_per_token"] for name, row in metrics["tokenize"].items()})
     for rung in HEATMAPS:
         maps, tokens = attention_of(Engine.open(artifacts / "models" / rung), params.evaluate.heatmap_text)

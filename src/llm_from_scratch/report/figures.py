@@ -10,6 +10,9 @@ import numpy as np
 
 Curve = Sequence[Mapping[str, float]]
 INK, ACCENT, QUIET = "#1f2933", "#2563eb", "#9aa5b1"
+SHADES = ("#dbeafe", "#fde68a", "#d1fae5", "#fbcfe8")
+COLUMNS, TITLE_COLUMNS = 150, 20  # of letters, in a line of the encoding table
+DRAWN = 0x0530  # matplotlib's font has the scripts below this code point
 
 
 def ladder(folder: Path, bits: Mapping[str, float], honest: str) -> Path:
@@ -50,6 +53,26 @@ def heatmaps(folder: Path, name: str, maps: np.ndarray, tokens: Sequence[str], m
         axes.set_xticks(range(len(labels)), labels, fontsize=6, rotation=90)
         axes.set_yticks(range(len(labels)), labels, fontsize=6)
     return _save(figure, folder / f"heatmap_{name}.png")
+
+
+def encodings(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "encodings") -> Path:
+    """Texts of different kinds cut into their tokens, a box each: `rows` have title, bytes, and tokens with piece and id."""
+    figure, axes = _axes(11, 0.45 * len(rows) + 0.3)
+    for line, row in enumerate(rows):
+        pieces = [_drawable(token["piece"]) for token in row["tokens"]]
+        axes.text(0, -line, f"{row['title']}\n{row['bytes']} bytes, {len(pieces)} tokens", fontsize=7, va="center", color=INK)
+        column = float(TITLE_COLUMNS)
+        for place, piece in enumerate(pieces):
+            if column + len(piece) > COLUMNS:
+                axes.text(column, -line, "…", fontsize=8, va="center", color=QUIET)
+                break
+            box = {"boxstyle": "round,pad=0.2", "facecolor": SHADES[place % len(SHADES)], "edgecolor": "none"}
+            axes.text(column, -line, piece, fontsize=7, va="center", family="monospace", color=INK, bbox=box)
+            column += len(piece) + 1.2
+    axes.set_xlim(0, COLUMNS)
+    axes.set_ylim(-len(rows) + 0.4, 0.6)
+    axes.set_axis_off()
+    return _save(figure, folder / f"{name}.png")
 
 
 def quantization(folder: Path, entries: Mapping[str, Mapping[str, float]]) -> Path:
@@ -113,3 +136,8 @@ def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
+
+
+def _drawable(piece: str) -> str:
+    """A token's piece with what the font cannot draw as its code point."""
+    return "".join(one if ord(one) < DRAWN or one in "·⏎—" else f"u{ord(one):x}" for one in piece) or "∅"

@@ -1,0 +1,92 @@
+"""Against nanoGPT's recipe for a CPU: how soon our best small rung is where nanoGPT ends, and where it is when nanoGPT ends."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from torch import nn
+
+from benchmarks import shakespeare, table
+from benchmarks.recipe import CALIBRATION, MODEL, PLAN, Recipe
+from llm_from_scratch.evaluation.likelihood import token_nats
+from llm_from_scratch.evaluation.mixture import DEGREES, degrees, fit_weights, mixed_nats
+from llm_from_scratch.model.ngram import NGram
+from llm_from_scratch.model.registry import parameters
+
+ORDER = 7
+SLICE = 0.05  # of train, at its end: neither the rung nor the n-gram of the fit sees it, so the weights are fitted on text new to both
+QUARTER, WHOLE = 0.23, 0.96  # of nanoGPT's time; the rest is for the machine's moods
+
+
+def main() -> None:
+    parser = table.parser(__doc__ or "")
+    shakespeare.add_arguments(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    arguments = parser.parse_args()
+    text = shakespeare.read(arguments.text, arguments.quick)
+    kept = int(len(text.train) * (1 - SLICE))
+    recipe = Recipe()
+    per_seed: dict[str, list[dict[str, float]]] = {}
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory() as work:
+            peer = shakespeare.train_nanogpt(arguments.nanogpt, text, Path(work) / "nanogpt", seed, 20 if arguments.quick else 2000)
+            theirs = shakespeare.Nanogpt(arguments.nanogpt, peer.checkpoint)
+            row = {"seconds": peer.seconds, "share of nanoGPT's time": 1.0, "tokens/s": peer.tok_per_s, **measured(theirs, text, 64)}
+            per_seed.setdefault("nanoGPT", []).append(row)
+        for name, share in (("ours, a quarter of its time", QUARTER), ("ours, its time", WHOLE)):
+            steps = recipe.steps_in(share * peer.seconds, text.train[:kept], text.vocab_size)
+            ours = recipe.train(text.train[:kept], text.vocab_size, seed, steps)
+            row = {"seconds": ours.seconds, "share of nanoGPT's time": ours.seconds / peer.seconds, "tokens/s": ours.tok_per_s}
+            per_seed.setdefault(name, []).append(row | measured(ours.model, text, PLAN.context))
+        started = perf_counter()
+        together = mixture(ours.model, text, kept)
+        row = {**row, "seconds": ours.seconds + perf_counter() - started, **together}
+        row["share of nanoGPT's time"] = row["seconds"] / peer.seconds
+        per_seed.setdefault(f"ours, its time, with a {ORDER}-gram", []).append(row)
+    table.write(
+        arguments.out,
+        "nanogpt",
+        "tinyshakespeare characters: nanoGPT's CPU recipe and ours, nats a character on the whole validation set",
+        [{"what": name, **shakespeare.middle_of(rows)} for name, rows in per_seed.items()],
+        {
+            "seeds": arguments.seeds,
+            "nanoGPT": "4 layers, 128 wide, context 64, batch 12, 2,000 iterations, dropout 0, eager",
+            "ours": f"{parameters(recipe.build(text.vocab_size, 0)):,} parameters, {MODEL.model_dump()}, {PLAN.model_dump()}",
+        },
+        [
+            "Each number is the median of the seeds, with the extremes behind it.",
+            "Seconds are those of training alone: of nanoGPT's iterations without those that evaluate, of our steps with loader and log.",
+            f"Ours runs for {QUARTER:.0%} and {WHOLE:.0%} of that time, in steps, from {CALIBRATION} steps timed before each run.",
+            "Every character of the validation set but the first is scored once. Disjoint windows: the text cut into windows of the "
+            "context, which is what nanoGPT's estimate samples. Half-overlapping: each scores what the one before did not.",
+            f"The mixture's weights (one for each of {DEGREES} degrees of its doubt) are fitted on the last {SLICE:.0%} of train, "
+            "which the rung was not trained on and the n-gram of the fit did not count. Its row's time has counting, fitting and scoring "
+            "in it.",
+        ],
+    )
+
+
+def measured(model: nn.Module, text: shakespeare.Text, context: int) -> dict[str, float]:
+    return shakespeare.scores(model, text.val, context)
+
+
+def mixture(model: nn.Module, text: shakespeare.Text, kept: int) -> dict[str, float]:
+    """Nats a character of `model` with the n-gram, in both protocols; fitted on the end of train, in the protocol that is scored."""
+    counted, all_counted = (NGram.train(ids, text.vocab_size, ORDER) for ids in (text.train[:kept], text.train))
+    ends = text.train[kept:]
+    found = {}
+    for name, neural_nats in (("disjoint windows", shakespeare.disjoint_nats), ("half-overlapping", token_nats)):
+        weights = fit_weights(
+            neural_nats(model, ends, PLAN.context), counted.token_nats(ends)[1:], degrees(counted.doubt(ends)[1:]), DEGREES
+        )
+        neural = neural_nats(model, text.val, PLAN.context)
+        nats = mixed_nats(neural, all_counted.token_nats(text.val)[1:], weights[degrees(all_counted.doubt(text.val)[1:])])
+        found[name] = float(np.mean(nats))
+    return found
+
+
+if __name__ == "__main__":
+    main()
