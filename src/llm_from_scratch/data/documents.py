@@ -67,16 +67,34 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
         file.writelines(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
 
 
-def read_documents(folder: Path, split: Split | None = None) -> Iterator[Document]:
-    """The documents of a corpus bundle, in order; only those of `split` if one is given. Raises ValueError where it has none."""
-    path = folder / DOCUMENTS
-    if not path.is_file():
-        raise ValueError(f"no {DOCUMENTS} in {folder}: it holds files rather than text, or is not built; dvc repro download builds it")
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+def read_documents(folder: Path, split: Split | None = None, part: range | None = None) -> Iterator[Document]:
+    """The documents of a corpus bundle, in order, one at a time; only those of `split`, and of `part`, if given (see `parts`).
+
+    Raises ValueError where it has none.
+    """
+    with _file(folder).open("rb") as file:
+        place, end = (part.start, part.stop) if part else (0, None)
+        if place:
+            file.seek(place - 1)  # a line that begins before this part is another's
+            place += len(file.readline()) - 1
+        while (end is None or place < end) and (line := file.readline()):
+            place += len(line)
             document = Document(**json.loads(line))
             if split in (None, document.split):
                 yield document
+
+
+def parts(folder: Path, length: int) -> list[range]:
+    """The bytes of documents.jsonl in consecutive ranges of `length`; a document belongs to the one that its line begins in."""
+    whole = _file(folder).stat().st_size
+    return [range(start, min(start + length, whole)) for start in range(0, whole, length)]
+
+
+def _file(folder: Path) -> Path:
+    path = folder / DOCUMENTS
+    if not path.is_file():
+        raise ValueError(f"no {DOCUMENTS} in {folder}: it holds files rather than text, or is not built; dvc repro download builds it")
+    return path
 
 
 def _place(name: str) -> float:

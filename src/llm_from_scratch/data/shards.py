@@ -20,10 +20,12 @@ from llm_from_scratch import bundle
 from llm_from_scratch.data.documents import Split
 
 Ids = NDArray[np.unsignedinteger[Any]]
-EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
+Texts = Sequence[str]
+EncodeBatch = Callable[[Texts], Sequence[Sequence[int] | Ids]]
 
 FILES: dict[Split, str] = {"train": "train", "validation": "val"}
 BATCH_CHARACTERS = 1 << 20
+EXCERPT = 40  # characters
 BINS = 30
 
 
@@ -37,23 +39,74 @@ class Shards:
     vocab_size: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive documents: their `ids` as the file has them, their `text` in UTF-8, and what they add up to."""
+
+    ids: bytes
+    text: bytes
+    documents: int
+    tokens: int
+    characters: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Consecutive documents to a piece. It depends on nothing else, so batches can be encoded anywhere, as long as order is kept."""
+
+    encode_batch: EncodeBatch
+    eot: int
+    vocab_size: int
+
+    @property
+    def dtype(self) -> str:
+        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
+
+    def __call__(self, texts: Texts) -> Piece:
+        """Raises ValueError for ids outside the vocabulary, and for half a character, whose bytes nobody could count."""
+        end = np.array([self.eot], dtype=np.int64)
+        encoded = self.encode_batch(texts)
+        closed = np.concatenate([part for ids in encoded for part in (np.asarray(ids, dtype=np.int64), end)])
+        if closed.min() < 0 or closed.max() >= self.vocab_size:
+            extremes = f"{closed.min()} … {closed.max()}"
+            raise ValueError(f"token ids are {extremes}, the vocabulary has {self.vocab_size}; encode with the tokenizer it belongs to")
+        text = b"".join(map(_utf8, texts))
+        return Piece(closed.astype(self.dtype).tobytes(), text, len(texts), len(closed), sum(map(len, texts)))
+
+
+Run = Callable[[Encoder, Iterable[Texts]], Iterable[Piece]]
+"""How batches are encoded: one after another (map), across processes, … Pieces must come in the order of the batches."""
+
+
 def write_shards(
-    folder: Path, documents_by_split: Mapping[Split, Iterable[str]], encode_batch: EncodeBatch, eot: int, vocab_size: int
+    folder: Path,
+    documents_by_split: Mapping[Split, Iterable[str]],
+    encode_batch: EncodeBatch,
+    eot: int,
+    vocab_size: int,
+    run: Run = map,
 ) -> dict[str, Any]:
     """train.bin and val.bin in `folder` from the texts of each split, read once and a batch at a time; the facts for its manifest.
 
-    Facts count tokens (one end-of-text a document among them), documents, characters and UTF-8 bytes of each split, with the sha256 of
-    its bytes. Raises ValueError for a split without documents and for ids outside the vocabulary.
+    Raises ValueError as `write_pieces` and `Encoder` do.
     """
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    facts: dict[str, Any] = {"dtype": dtype, "eot": eot, "vocab_size": vocab_size}
+    encoder = Encoder(encode_batch, eot, vocab_size)
+    return write_pieces(folder, {split: run(encoder, _batches(texts)) for split, texts in documents_by_split.items()}, encoder)
+
+
+def write_pieces(folder: Path, pieces_by_split: Mapping[Split, Iterable[Piece]], encoder: Encoder) -> dict[str, Any]:
+    """train.bin and val.bin in `folder` from the pieces of each split as they come; the facts for its manifest.
+
+    Facts count tokens (one end-of-text a document among them), documents, characters and UTF-8 bytes of each split, with the sha256 of
+    its bytes. Raises ValueError for a split without documents.
+    """
+    facts: dict[str, Any] = {"dtype": encoder.dtype, "eot": encoder.eot, "vocab_size": encoder.vocab_size}
     for split, name in FILES.items():
         count = _Count()
         with (folder / f"{name}.bin").open("wb") as file:
-            for texts in _batches(documents_by_split[split]):
-                for text, ids in zip(texts, encode_batch(texts), strict=True):
-                    file.write(_closed(ids, eot, vocab_size, dtype))
-                    count.add(text, len(ids) + 1)
+            for piece in pieces_by_split[split]:
+                file.write(piece.ids)
+                count.add(piece)
         if count.documents == 0:
             raise ValueError(f"the corpus has no {split} documents, wanted one at least; set its share in sources.<corpus>.validation")
         facts |= {f"{name}_{key}": value for key, value in count.facts().items()}
@@ -95,16 +148,12 @@ class _Count:
         self.documents = self.tokens = self.characters = self.bytes = 0
         self.sha256 = hashlib.sha256()
 
-    def add(self, text: str, tokens: int) -> None:
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"document {self.documents} holds half a character ({error}); the download gate must refuse it") from None
-        self.documents += 1
-        self.tokens += tokens
-        self.characters += len(text)
-        self.bytes += len(data)
-        self.sha256.update(data)
+    def add(self, piece: Piece) -> None:
+        self.documents += piece.documents
+        self.tokens += piece.tokens
+        self.characters += piece.characters
+        self.bytes += len(piece.text)
+        self.sha256.update(piece.text)
 
     def facts(self) -> dict[str, Any]:
         counted = {key: value for key, value in vars(self).items() if key != "sha256"}
@@ -124,12 +173,12 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _closed(ids: Sequence[int], eot: int, vocab_size: int, dtype: str) -> bytes:
-    closed = np.array([*ids, eot], dtype=np.int64)
-    if closed.min() < 0 or closed.max() >= vocab_size:
-        extremes = f"{closed.min()} … {closed.max()}"
-        raise ValueError(f"token ids are {extremes}, the vocabulary has {vocab_size}; encode with the tokenizer it belongs to")
-    return closed.astype(dtype).tobytes()
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        known = f"the document that begins {text[:EXCERPT]!r} holds half a character"
+        raise ValueError(f"{known} ({error}); the download gate must refuse it") from None
 
 
 def _mapped(path: Path, dtype: str, tokens: int) -> Ids:

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from llm_from_scratch.bundle import MANIFEST, BundleError, save_tensors
 from llm_from_scratch.model.gpt import Gpt
+from llm_from_scratch.model.huggingface import INDEX, WEIGHTS
 from llm_from_scratch.model.llama import Llama
 from llm_from_scratch.model.ngram import NGram
-from llm_from_scratch.model.registry import CONFIG, INDEX, WEIGHTS, from_config, load_model, read_config, read_tensors
+from llm_from_scratch.model.registry import CONFIG, from_config, load_model, read_config, read_tensors
 from llm_from_scratch.section import Section
 
 Scheme = Literal["int8", "nf4"]

@@ -20,6 +20,7 @@ from llm_from_scratch.model import huggingface
 from llm_from_scratch.model.attention import Attention, AttentionParams
 from llm_from_scratch.model.bigram import Bigram, BigramParams
 from llm_from_scratch.model.gpt import Gpt, GptParams, GptShape
+from llm_from_scratch.model.huggingface import WEIGHTS
 from llm_from_scratch.model.llama import Llama, LlamaParams, LlamaShape
 from llm_from_scratch.model.mlp import Mlp, MlpParams
 from llm_from_scratch.model.ngram import NGram, NgramParams
@@ -27,7 +28,7 @@ from llm_from_scratch.model.rung import Rung
 
 LADDER = ("ngram", "bigram", "mlp", "attention", "gpt", "llama")
 OURS = "llm_from_scratch_"
-CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def _known(value: Any) -> Any:

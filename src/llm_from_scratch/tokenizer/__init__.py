@@ -1,6 +1,6 @@
-"""Tokenizers: characters, or byte pairs trained here; both saved as the files Hugging Face reads.
+"""Tokenizers: characters, byte pairs trained here, or GPT-2's own; all saved as the files Hugging Face reads.
 
-`train` makes one, `save` writes it, `load` reads it back from tokenizer.json alone.
+`train` makes one or `read_gpt2` takes over the published one, `save` writes it, `load` reads it back from tokenizer.json alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from llm_from_scratch.tokenizer.base import SPECIAL, Tokenizer, printable
 from llm_from_scratch.tokenizer.bpe import BYTE_ORDER, BpeTokenizer, Progress, quiet, train_bpe
 from llm_from_scratch.tokenizer.char import CharTokenizer, train_char
 from llm_from_scratch.tokenizer.export import digest
+from llm_from_scratch.tokenizer.gpt2 import read_gpt2
 
-__all__ = ["SPECIAL", "BpeTokenizer", "CharTokenizer", "TokenizeParams", "Tokenizer", "digest", "load", "printable", "train"]
-
+__all__ = [
+    "SPECIAL",
+    "BpeTokenizer",
+    "CharTokenizer",
+    "TokenizeParams",
+    "Tokenizer",
+    "digest",
+    "load",
+    "printable",
+    "read_gpt2",
+    "train",
+]
 
 READERS: dict[str, Callable[[dict[str, Any]], CharTokenizer | BpeTokenizer]] = {
     "WordLevel": CharTokenizer.from_document,
@@ -28,25 +39,47 @@ READERS: dict[str, Callable[[dict[str, Any]], CharTokenizer | BpeTokenizer]] = {
 
 
 class TokenizeParams(Section):
-    """Which corpus, which kind, and how many tokens in all (for characters 0: as many as the corpus has)."""
+    """Which corpus, by which tokenizer, and on what.
+
+    `vocabulary_from` is the source whose documents the vocabulary is learned from or, for gpt2, the one that holds its files. `vocab_size`
+    counts all tokens; it is 0 where nobody can choose: characters are as many as the corpus has, GPT-2's tokens as many as published.
+    `workers` encode: the cores of this machine, or the nodes of a Ray cluster.
+    """
 
     corpus: str
-    kind: Literal["char", "bpe"]
+    kind: Literal["char", "bpe", "gpt2"]
+    vocabulary_from: str
     vocab_size: int
+    workers: Literal["local", "ray"]
 
     @model_validator(mode="after")
     def _size_fits_kind(self) -> Self:
         smallest = len(BYTE_ORDER) + len(SPECIAL)
         if self.kind == "char" and self.vocab_size != 0:
             raise ValueError(f"vocab_size is {self.vocab_size}; characters are as many as the corpus has, write 0")
+        if self.kind == "gpt2" and self.vocab_size != 0:
+            raise ValueError(f"vocab_size is {self.vocab_size}; GPT-2's tokens are as many as were published, write 0")
         if self.kind == "bpe" and self.vocab_size < smallest:
             raise ValueError(f"vocab_size is {self.vocab_size}; bytes and special tokens alone are {smallest}, give more")
         return self
 
+    @model_validator(mode="after")
+    def _characters_are_those_of_the_corpus(self) -> Self:
+        if self.kind == "char" and self.vocabulary_from != self.corpus:
+            found = f"vocabulary_from is {self.vocabulary_from}, whose characters may not be those of {self.corpus}"
+            raise ValueError(f"{found}; write {self.corpus}, or take bpe, which knows every text")
+        return self
+
 
 def train(params: TokenizeParams, texts: Iterable[str], progress: Progress = quiet) -> CharTokenizer | BpeTokenizer:
-    """The tokenizer that `params` asks for, learned from `texts`, which is read once."""
-    return train_char(texts) if params.kind == "char" else train_bpe(texts, params.vocab_size, progress)
+    """The tokenizer that `params` asks for, learned from `texts`, which is read once. Raises ValueError for gpt2: see `read_gpt2`."""
+    match params.kind:
+        case "char":
+            return train_char(texts)
+        case "bpe":
+            return train_bpe(texts, params.vocab_size, progress)
+        case "gpt2":
+            raise ValueError("GPT-2's tokenizer is not trained but read; read_gpt2 takes the folder of its files")
 
 
 def load(folder: Path) -> CharTokenizer | BpeTokenizer:

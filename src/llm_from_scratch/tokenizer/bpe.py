@@ -16,8 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import regex
 import tiktoken
+from numpy.typing import NDArray
 
 from llm_from_scratch.tokenizer import export
 from llm_from_scratch.tokenizer.base import SPECIAL, Vocabulary, well_formed
@@ -30,7 +32,8 @@ PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 WORDS = regex.compile(PATTERN)
 
 # tiktoken's regex engine keeps a place to go back to for each blank and panics, past any `except Exception`, at some 10⁶ of them.
-LONG_BLANK = regex.compile(r"\s{65536,}")
+LONG = 1 << 16
+LONG_BLANK = regex.compile(rf"\s{{{LONG},}}")
 
 # GPT-2's order of the bytes, which is also Hugging Face's (by the printable character that stands for the byte in tokenizer.json).
 BYTE_ORDER = tuple(export.BYTE_OF.values())
@@ -64,6 +67,10 @@ class BpeTokenizer(Vocabulary):
         merges = [(ids[left], ids[right]) for left, right in document["model"]["merges"]]
         return cls(merges, [added["content"] for added in document["added_tokens"]])
 
+    def __reduce__(self) -> tuple[type[BpeTokenizer], tuple[Sequence[Pair], Sequence[str]]]:
+        """To another process goes what it was made from, a tenth of what it holds."""
+        return type(self), (self.merges, tuple(self.special))
+
     def document(self) -> dict[str, Any]:
         """tokenizer.json as a value."""
         return export.byte_level(self.tokens, self.merges, self.special)
@@ -74,6 +81,8 @@ class BpeTokenizer(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         text = well_formed(text)
+        if len(text) < LONG:
+            return self._fast.encode_ordinary(text)
         ids: list[int] = []
         start = 0
         for blank in LONG_BLANK.finditer(text):
@@ -84,11 +93,15 @@ class BpeTokenizer(Vocabulary):
             start = end
         return ids + self._fast.encode_ordinary(text[start:])
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        texts = [well_formed(text) for text in texts]
-        if any(LONG_BLANK.search(text) for text in texts):
-            return [self.encode(text) for text in texts]
-        return self._fast.encode_ordinary_batch(texts)
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [self._encode_array(text) for text in texts]
+
+    def _encode_array(self, text: str) -> NDArray[np.uint32]:
+        """`encode` without a Python number for each token. Nothing special is allowed, so the names of special tokens are text here too."""
+        text = well_formed(text)
+        if len(text) >= LONG and LONG_BLANK.search(text):
+            return np.array(self.encode(text), dtype=np.uint32)
+        return self._fast.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
 
     def encode_reference(self, text: str) -> list[int]:
         """The slow obvious way, from the merges alone: the oracle of `encode`."""

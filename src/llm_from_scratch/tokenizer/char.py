@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llm_from_scratch.tokenizer import export
 from llm_from_scratch.tokenizer.base import SPECIAL, Vocabulary, well_formed
 
@@ -43,8 +46,8 @@ class CharTokenizer(Vocabulary):
         unknown = self.special[UNKNOWN]
         return [self._ids.get(one, unknown) for one in well_formed(text)]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
