@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         "--corpus", type=Path, default=Path("artifacts/raw/wikipedia"), help="a corpus folder, as dvc repro download leaves it"
     )
     made.add_argument("--vocab-size", type=int, default=4096)
-    made.add_argument("--runs", type=int, default=5)
+    made.add_argument("--runs", type=int, default=3)
     made.add_argument("--textbook-merges", type=int, default=20, help="how many merges the textbook loop is timed for")
     return made
 

@@ -22,3 +22,6 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+# Before pip, whose finder the download stage uses, takes away the shim through which setuptools, and so torch.compile, finds distutils.
+import setuptools  # noqa: E402, F401

@@ -88,7 +88,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], An
         # Without kernel folders only the built-in kernel is left, which is this interpreter, whatever a person has installed.
         kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
         work = tmp_path_factory.mktemp(f"week_{week}")
-        NotebookClient(notebook, km=kernel, timeout=120, resources={"metadata": {"path": str(work)}}).execute()
+        NotebookClient(notebook, km=kernel, timeout=120, resources={"metadata": {"path": str(work)}}).execute(cleanup_kc=True)
         assert list(work.iterdir()) == [], "a lesson leaves no files when it is given its text"
         return notebook
 

@@ -147,7 +147,7 @@ SMALL = {"num_cpus": 2, "object_store_memory": 80 << 20}  # the least that Ray t
 
 @pytest.mark.slow
 def test_the_stage_gives_the_same_bundle_on_ray(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It starts its own Ray and ends it. Only the parameter differs, and the parameter is not in what DVC hashes."""
+    """It starts its own Ray and ends it again. The manifest holds what follows from the content alone, not who encoded."""
     ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setattr(cluster, "QUIET", {**cluster.QUIET, **SMALL})

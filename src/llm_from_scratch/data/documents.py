@@ -17,6 +17,9 @@ DOCUMENTS = "documents.jsonl"
 
 Split = Literal["train", "validation"]
 
+# A line with this is of the other split and need not be parsed. In a text the quotes would be escaped, so it cannot be in one.
+_OTHERS: dict[Split, bytes] = {"train": b'"split": "validation"', "validation": b'"split": "train"'}
+
 
 @dataclass(frozen=True)
 class Document:
@@ -79,6 +82,8 @@ def read_documents(folder: Path, split: Split | None = None, part: range | None 
             place += len(file.readline()) - 1
         while (end is None or place < end) and (line := file.readline()):
             place += len(line)
+            if split and _OTHERS[split] in line:
+                continue
             document = Document(**json.loads(line))
             if split in (None, document.split):
                 yield document

@@ -65,8 +65,8 @@ class Encoder:
     def __call__(self, texts: Texts) -> Piece:
         """Raises ValueError for ids outside the vocabulary, and for half a character, whose bytes nobody could count."""
         end = np.array([self.eot], dtype=np.int64)
-        encoded = self.encode_batch(texts)
-        closed = np.concatenate([part for ids in encoded for part in (np.asarray(ids, dtype=np.int64), end)])
+        # Not "safe": numpy takes an empty list for one of floats.
+        closed = np.concatenate([part for ids in self.encode_batch(texts) for part in (ids, end)], dtype=np.int64, casting="unsafe")
         if closed.min() < 0 or closed.max() >= self.vocab_size:
             extremes = f"{closed.min()} … {closed.max()}"
             raise ValueError(f"token ids are {extremes}, the vocabulary has {self.vocab_size}; encode with the tokenizer it belongs to")

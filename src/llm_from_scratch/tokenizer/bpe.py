@@ -81,7 +81,7 @@ class BpeTokenizer(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         text = well_formed(text)
-        if len(text) < LONG:
+        if not _may_have_long_blank(text):
             return self._fast.encode_ordinary(text)
         ids: list[int] = []
         start = 0
@@ -99,7 +99,7 @@ class BpeTokenizer(Vocabulary):
     def _encode_array(self, text: str) -> NDArray[np.uint32]:
         """`encode` without a Python number for each token. Nothing special is allowed, so the names of special tokens are text here too."""
         text = well_formed(text)
-        if len(text) >= LONG and LONG_BLANK.search(text):
+        if _may_have_long_blank(text):
             return np.array(self.encode(text), dtype=np.uint32)
         return self._fast.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
 
@@ -113,6 +113,12 @@ class BpeTokenizer(Vocabulary):
             made = min(known)
             ids = merged(ids, self.merges[made - len(BYTE_ORDER)], made)
         return ids
+
+
+def _may_have_long_blank(text: str) -> bool:
+    """False where no run of LONG blanks is: such a run has all of some half of that length, counted from the start, in it."""
+    half = LONG // 2
+    return len(text) >= LONG and any(text[start : start + half].isspace() for start in range(0, len(text), half))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: Progress = quiet) -> BpeTokenizer:
