@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 Batch = TypeVar("Batch")
 Made = TypeVar("Made")
 
-FEW = 8  # batches: done here before a process would have started
+FEW = 8  # batches: done here while processes start, and if there are no more, instead
 AHEAD = 2  # batches a process that wait for it
 
 
@@ -35,19 +35,20 @@ def across_processes(work: Callable[[Batch], Made], batches: Iterable[Batch], pr
     # Spawned, not forked: a copy of a process that runs threads may hang on a lock that one of them held.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _prepare, (work,))
     try:
-        yield from _in_order(pool, chain(first, waiting), AHEAD * processes)
+        sent = deque(pool.submit(_do, batch) for batch in islice(waiting, AHEAD * processes))
+        yield from map(work, first)
+        yield from _in_order(pool, sent, waiting)
     except BrokenProcessPool:
         raise ChildProcessError("a process that encodes was killed; if memory ran out, run with less beside it, then go on") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, batches: Iterable[Any], most: int) -> Iterator[Any]:
-    sent: deque[Future[Any]] = deque()
+def _in_order(pool: ProcessPoolExecutor, sent: deque[Future[Any]], batches: Iterable[Any]) -> Iterator[Any]:
+    """What becomes of the batches that are `sent` and of those that follow, one sent on for each that is done."""
     for batch in batches:
         sent.append(pool.submit(_do, batch))
-        if len(sent) > most:
-            yield sent.popleft().result()
+        yield sent.popleft().result()
     while sent:
         yield sent.popleft().result()
 
