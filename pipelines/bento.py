@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,14 +13,23 @@ from stages.__main__ import read_yaml
 
 
 def package(root: Path, api_key_file: str) -> str:
-    """The tag of a Bento of the model, index and embedder that params.yaml names. Raises BundleError where one is missing or damaged,
-    and ParamsError before any work.
+    """The tag of a Bento of the model that `evaluate` chose to serve, with index and embedder. Raises BundleError where one is missing or
+    damaged, and ParamsError and ValueError before any work.
     """
     params = config.parse(read_yaml(root / "params.yaml"), "params.yaml")
     artifacts = root / "artifacts"
-    model, embedder = artifacts / "models" / params.serve.model, artifacts / "raw" / params.index.embedder
+    model, embedder = artifacts / "models" / served(root), artifacts / "raw" / params.index.embedder
     stored = bento.package(model, artifacts / "index", embedder, params.serve)
     return bento.build(root, stored, api_key_file)
+
+
+def served(root: Path) -> str:
+    """The name of the bundle to serve, from the verdict. Raises ValueError where there is none yet."""
+    verdict = root / "reports" / "verdict.json"
+    try:
+        return str(json.loads(verdict.read_text(encoding="utf-8"))["served"])
+    except (FileNotFoundError, KeyError):
+        raise ValueError(f"{verdict} names no model to serve; dvc repro evaluate chooses one") from None
 
 
 def serve(root: Path, host: str, port: int, api_key_file: str) -> NoReturn:

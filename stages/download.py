@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from llm_from_scratch import bundle, tracking
 from llm_from_scratch.data import corpora, readers, streams, validation
-from llm_from_scratch.data.corpora import DownloadParams, FolderSource, PinnedSource, Source, StreamSource
+from llm_from_scratch.data.chat import gather_records, write_records
+from llm_from_scratch.data.corpora import DownloadParams, FolderSource, PinnedSource, RecordsSource, Source, StreamSource
 from llm_from_scratch.data.documents import DOCUMENTS, read_documents, write_documents
 from llm_from_scratch.data.fetch import Get, Patience, Response, Route
 from llm_from_scratch.data.registry import pip_registry
@@ -24,6 +25,8 @@ from llm_from_scratch.data.streams import Survey
 
 if TYPE_CHECKING:
     from llm_from_scratch.config import Params
+
+RECORDS = "records.jsonl"
 
 
 def run(params: Params, name: str, root: Path) -> None:
@@ -37,6 +40,8 @@ def run(params: Params, name: str, root: Path) -> None:
                 facts = _streamed(name, source, settings, downloads, folder, logs)
             elif isinstance(source, FolderSource):
                 facts = _taken(name, source, settings, root / source.path, folder, logs)
+            elif isinstance(source, RecordsSource):
+                facts = _told(name, source, settings, root / source.path, folder, logs)
             else:
                 facts = _fetched(name, source, settings, downloads, folder, logs)
             bundle.seal(folder, "corpus", f"download@{name}", **facts)
@@ -69,13 +74,28 @@ def _streamed(name: str, source: StreamSource, settings: DownloadParams, downloa
 
 def _taken(name: str, source: FolderSource, settings: DownloadParams, place: Path, folder: Path, logs: Path) -> dict[str, Any]:
     """Text that is here already. Its files are read, and not copied."""
-    sha256 = streams.tree_digest(place)
-    if source.sha256 not in ("", sha256):
-        raise ValueError(f"{place}: sha256 of its files is {sha256}, wanted {source.sha256}; restore them, or write the new one down")
+    sha256 = _digest(source, place)
     write_documents(folder / DOCUMENTS, streams.folder_documents(place, source.validation))
     found = streams.survey(read_documents(folder), source.checked_documents)
     _check(name, source, settings, found, logs)
     return _facts(source, [sha256], found)
+
+
+def _told(name: str, source: RecordsSource, settings: DownloadParams, place: Path, folder: Path, logs: Path) -> dict[str, Any]:
+    """Conversations that are here already, in one file and one shape. A bad line of any of them stops it."""
+    sha256, found = _digest(source, place), gather_records(place)
+    write_records(folder / RECORDS, found)
+    counted = Survey(len(found), (folder / RECORDS).stat().st_size, 0, [])
+    _check(name, source, settings, counted, logs, without_text=True)
+    return _facts(source, [sha256], counted)
+
+
+def _digest(source: FolderSource | RecordsSource, place: Path) -> str:
+    """That of the files at `place`. Raises ValueError where the source names another."""
+    sha256 = streams.tree_digest(place)
+    if source.sha256 not in ("", sha256):
+        raise ValueError(f"{place}: sha256 of its files is {sha256}, wanted {source.sha256}; restore them, or write the new one down")
+    return sha256
 
 
 def _check(name: str, source: Source, settings: DownloadParams, found: Survey, logs: Path, without_text: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llm_from_scratch.data.shards import open_shards
 from llm_from_scratch.evaluation.heatmaps import attention_of
 from llm_from_scratch.evaluation.mixture import count, mixture
 from llm_from_scratch.evaluation.retrieval import CONDITIONS, question_answering, retrieval_quality
+from llm_from_scratch.evaluation.selection import choose
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.model import registry
@@ -27,6 +29,8 @@ from llm_from_scratch.retrieval.rag import answer
 from llm_from_scratch.training.plan import TrainParams
 
 HEATMAPS = ("attention", "gpt")
+ANSWERING = ("sft", "lora", "qlora")
+"""The methods that learn answers; the others learn which answers are better."""
 ILLUSTRATED = 8  # answered questions shown with what was read
 
 
@@ -39,12 +43,14 @@ def run(params: Params, name: str, root: Path) -> None:
     reads += [f"artifacts/models/{model}" for model in models] + [f"artifacts/tokens/{params.train['ngram'].tokens}"]
     with tracking.stage_run("evaluate", "", params.evaluate.model_dump(), reads) as log:
         mixed = with_ngram(params, artifacts)
-        answers, illustrated = ask(params, artifacts)
+        stages = measured(params, artifacts / "logs")
+        served = to_serve(params, stages["quantize"])
+        answers, illustrated = ask(params, artifacts, served["model"])
         for part, rows in (answers | {"mixture": mixed}).items():
             log(0, {f"{part}_{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
 
     digests = {model: made.digest for model, made in manifests.items()}
-    metrics = measured(params, artifacts / "logs") | answers | {"mixture": mixed, "digests": digests}
+    metrics = stages | answers | {"mixture": mixed, "served": served, "digests": digests}
     gather.write(reports / "metrics.json", metrics)
     draw(params, artifacts, reports / "figures", metrics)
     story = book.Story(gather.rounded(metrics), params.model_dump(), manifests, samples(params, artifacts / "logs"), illustrated)
@@ -67,9 +73,9 @@ def with_ngram(params: Params, artifacts: Path) -> dict[str, Any]:
     return found
 
 
-def ask(params: Params, artifacts: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Held-out questions put to the served model with and without retrieval; its numbers, and some of its answers to look at."""
-    engine = Engine.open(artifacts / "models" / params.serve.model)
+    engine = Engine.open(artifacts / "models" / model)
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
     held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     asked = questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed)
@@ -88,15 +94,25 @@ def ask(params: Params, artifacts: Path) -> tuple[dict[str, Any], list[dict[str,
     return {"rag": conditions, "retrieval": retrieval_quality(index, asked)}, illustrated
 
 
+def to_serve(params: Params, quantized: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The model to serve: a quantization that `serve.model` names, or the one of it that the rule picks, with what it thought of each."""
+    original = params.serve.model
+    if original in params.quantize:
+        return {"model": original, "original": params.quantize[original].model, "candidates": []}
+    choice = choose(original, {name: row for name, row in quantized.items() if row["model"] == original}, params.evaluate.serve_rule)
+    return {"model": choice.name, "original": original, "candidates": [asdict(candidate) for candidate in choice.candidates]}
+
+
 def measured(params: Params, logs: Path) -> dict[str, Any]:
     """What the stages before this one measured, under the keys of docs/metrics.md."""
-    ladder = gather.measurements(logs, "train", params.train)
+    ladder, tuned = gather.measurements(logs, "train", params.train), gather.measurements(logs, "finetune", params.finetune)
     return {
         "data": gather.measurements(logs, "download", params.download.fetch),
         "tokenize": gather.measurements(logs, "tokenize", params.tokenize),
         "ladder": ladder,
         "quantize": gather.measurements(logs, "quantize", params.quantize),
-        "finetune": gather.measurements(logs, "finetune", params.finetune),
+        "finetune": {name: row for name, row in tuned.items() if row["method"] in ANSWERING},
+        "alignment": {name: row for name, row in tuned.items() if row["method"] not in ANSWERING},
         "index": gather.single(logs, "index"),
     }
 
@@ -109,12 +125,31 @@ def draw(params: Params, artifacts: Path, folder: Path, metrics: Mapping[str, An
     figures.loss_curves(folder, curves)
     figures.quantization(folder, metrics["quantize"])
     figures.question_answering(folder, metrics["rag"], chance=1 / params.evaluate.choices)
+    draw_alignment(artifacts / "logs" / "finetune", folder, metrics["alignment"])
     encodings = artifacts / "logs" / "tokenize" / params.train["base"].tokens / "encoding.json"
     figures.encodings(folder, json.loads(encodings.read_text(encoding="utf-8")))
     figures.token_lengths(folder, {name: row["bytes_per_token"] for name, row in metrics["tokenize"].items()})
     for rung in HEATMAPS:
         maps, tokens = attention_of(Engine.open(artifacts / "models" / rung), params.evaluate.heatmap_text)
         figures.heatmaps(folder, rung, maps, tokens)
+
+
+def draw_alignment(logs: Path, folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """The reward model's calibration, and how the policies went: their curves, and gold reward against distance."""
+    policies = {name: gather.curve(logs / name / "curve.csv") for name, row in rows.items() if row["method"] != "reward"}
+    guides = [row for row in rows.values() if row["method"] == "reward"]
+    figures.alignment(folder, policies)
+    paths = {
+        name: [
+            (0.0, rows[name]["gold_before"]),
+            *((row["kl"], row["gold"]) for row in curve if not isnan(row["gold"])),
+            (rows[name]["kl"], rows[name]["gold"]),
+        ]
+        for name, curve in policies.items()
+    }
+    figures.frontier(folder, paths, [point for row in guides for point in row.get("best_of", [])])
+    for row in guides:
+        figures.calibration(folder, row["calibration"])
 
 
 def samples(params: Params, logs: Path) -> dict[str, str]:
@@ -127,10 +162,13 @@ def samples(params: Params, logs: Path) -> dict[str, str]:
 
 def verdict(params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest]) -> dict[str, Any]:
     """Which bundles may become versions, and the rule by which a champion alias moves; `pipelines promote` applies it."""
-    rows = metrics["ladder"] | metrics["finetune"] | metrics["quantize"]
+    policies = {name: row | {"gold_cost": -row["gold"]} for name, row in metrics["alignment"].items() if "gold" in row}
+    rows = metrics["ladder"] | metrics["finetune"] | metrics["alignment"] | policies | metrics["quantize"]
     chosen = ["base", *params.finetune, *params.quantize]
     rule = params.evaluate.promotion
+    metric = {**dict.fromkeys(params.finetune, rule.finetune_metric), **dict.fromkeys(policies, rule.alignment_metric)}
     return {
+        "served": metrics["served"]["model"],
         "candidates": [
             {
                 "name": f"llm-from-scratch-{model}",
@@ -139,7 +177,7 @@ def verdict(params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, 
                 "digest": manifests[model].digest,
                 "metrics": {key: value for key, value in rows[model].items() if isinstance(value, float)},
                 "facts": {"kind": manifests[model].kind, "made_by": manifests[model].made_by},
-                "rule": {"metric": rule.finetune_metric if model in params.finetune else rule.metric, "minimum_gain": rule.minimum_gain},
+                "rule": {"metric": metric.get(model, rule.metric), "minimum_gain": rule.minimum_gain},
             }
             for model in chosen
         ],

@@ -61,7 +61,7 @@ PARAMS = EvaluateParams(
     kl_tokens=1,
     heatmap_text="x",
     mixture=MixtureParams(order=3, slice_tokens=100),
-    promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", minimum_gain=0.0),
+    promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", alignment_metric="gold_cost", minimum_gain=0.0),
 )
 
 

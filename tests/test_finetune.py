@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,14 +19,17 @@ from llm_from_scratch.data.corpora import Source
 from llm_from_scratch.data.documents import Document, with_splits, write_documents
 from llm_from_scratch.data.questions import questions
 from llm_from_scratch.evaluation.generation import Task, answers, exact_match, examine, fitting, task_of, task_of_record, token_f1
-from llm_from_scratch.finetune import METHODS, FinetuneParams, lora, sft
+from llm_from_scratch.finetune import METHODS, FinetuneParams, lora, qlora, sft
 from llm_from_scratch.finetune.lora import LoraParams
 from llm_from_scratch.finetune.sft import UNSCORED, Examples, answer_loss, chat_batches, encode_records
 from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.inference.quantize import dequantized, load_bundle, quantize, quantized_layers, save_quantized, scheme_of
+from llm_from_scratch.model.gpt import GptParams
 from llm_from_scratch.model.llama import Llama, LlamaParams, LlamaShape
 from llm_from_scratch.model.registry import build, load_model, parameters, save_model
 from llm_from_scratch.tokenizer.bpe import BpeTokenizer, train_bpe
-from llm_from_scratch.training.loop import fit
+from llm_from_scratch.training.loop import fit, next_token
+from llm_from_scratch.training.optimizer import build as build_optimizer
 from llm_from_scratch.training.resume import Journal
 from stages import finetune as stage
 from stages.__main__ import read_yaml
@@ -52,10 +55,12 @@ PLAN = {
     "evaluate_every": 20,
     "checkpoint_every": 10,
 }
-SFT = {"model": "base", "method": "sft", "records": "animals", "questions": 5, "samples": 2, **PLAN}
+SFT = {"model": "base", "guide": "base", "method": "sft", "records": "animals", "questions": 5, "samples": 2, **PLAN}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DETOUR = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ALL}
-LORA = {**SFT, "method": "lora", "lora": DETOUR}
+DETOUR = {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ALL, "chat_tokens": False}
+WITH_TOKENS = {**DETOUR, "chat_tokens": True}
+LORA = {**SFT, "method": "lora", "lora": WITH_TOKENS}
+QLORA = {**SFT, "method": "qlora", "model": "base_nf4", "guide": "base_nf4", "lora": WITH_TOKENS}
 
 NAMES = ("cat", "dog", "owl", "fox", "hen", "bee", "ant", "cow", "pig", "emu")
 KINDS = ("mammal", "bird", "insect")
@@ -82,10 +87,20 @@ def words() -> BpeTokenizer:
 
 @pytest.fixture
 def base(words: BpeTokenizer) -> Llama:
-    """A tiny Llama whose blocks are not the identity, as they are when untrained."""
+    return tiny_llama(words, width=32, hidden=48)
+
+
+@pytest.fixture
+def packed(words: BpeTokenizer) -> Llama:
+    """A tiny Llama in 4 bits; nf4 works on rows of whole blocks of 64."""
+    return quantize(tiny_llama(words, width=64, hidden=64), "nf4")  # type: ignore[return-value]
+
+
+def tiny_llama(words: BpeTokenizer, width: int, hidden: int) -> Llama:
+    """A Llama whose blocks are not the identity, as they are when untrained."""
     torch.manual_seed(0)
     shape = LlamaParams(
-        architecture="llama", context=64, width=32, layers=2, heads=4, kv_heads=2, hidden=48, rope_theta=10000.0, qk_norm=False
+        architecture="llama", context=64, width=width, layers=2, heads=4, kv_heads=2, hidden=hidden, rope_theta=10000.0, qk_norm=False
     )
     model = build(shape, words.vocab_size)
     for weight in model.parameters():
@@ -106,18 +121,23 @@ def trained(model: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-def shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """As if trained: the second matrix of each detour no longer zero."""
+def shaken(model: torch.nn.Module) -> Any:
+    """As if trained: the second matrix of each detour no longer zero, and the rows of the tokens that learn moved."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.2, generator=generator)
+            if "trainable_tokens_delta" in name:
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
     return model
 
 
 def ids() -> torch.Tensor:
-    return torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(3))
+    """Of a vocabulary of 320, the last four of them the tokens of a chat, which are among these too."""
+    drawn = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(3))
+    drawn[:, ::4] = torch.tensor([316, 317, 318, 319])
+    return drawn
 
 
 # Parameters
@@ -135,7 +155,8 @@ def test_a_method_has_the_parameters_it_needs_and_no_others():
 
 
 def test_every_method_of_the_params_is_one_that_can_be_run():
-    assert set(METHODS) == {"sft", "lora"}
+    methods = [get_args(each.model_fields["method"].annotation)[0] for each in get_args(get_args(FinetuneParams)[0])]
+    assert sorted(methods) == sorted(METHODS)
 
 
 # Batches
@@ -266,8 +287,9 @@ def test_an_adapter_depends_on_its_seed_and_neither_reads_nor_moves_other_random
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_merged_the_adapter_says_the_same_and_leaves_the_attached_one_alone(base: Llama):
-    attached = shaken(lora.attach(base, LoraParams(**DETOUR), seed=1)).eval()
+@pytest.mark.parametrize("tokens", [(), range(316, 320)], ids=["detours", "and tokens"])
+def test_merged_the_adapter_says_the_same_and_leaves_the_attached_one_alone(base: Llama, tokens: range):
+    attached = shaken(lora.attach(base, LoraParams(**DETOUR), seed=1, tokens=tokens)).eval()
     with torch.no_grad():
         said = attached(ids())
         merged = lora.merge(attached)
@@ -277,27 +299,102 @@ def test_merged_the_adapter_says_the_same_and_leaves_the_attached_one_alone(base
         assert torch.equal(attached(ids()), said)
 
 
-def test_an_adapter_is_the_same_to_transformers_and_peft_as_to_us(base: Llama, tmp_path: Path):
+GPT = GptParams(architecture="gpt", context=64, width=32, layers=2, heads=4, dropout=0.0)
+EVERYWHERE = {"llama": ALL, "gpt2": ["c_attn", "c_proj", "c_fc"]}
+
+
+@pytest.fixture(params=EVERYWHERE)
+def exported(request: pytest.FixtureRequest, words: BpeTokenizer, base: Llama, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The folder of a base, as transformers opens it, and all the layers that a detour can stand beside."""
+    model: Any = base
+    if request.param == "gpt2":
+        torch.manual_seed(1)
+        model = build(GPT, words.vocab_size)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+    (tmp_path / "base").mkdir()
+    save_model(model.eval(), tmp_path / "base", eot=words.eot)
+    return tmp_path / "base", EVERYWHERE[request.param]
+
+
+@pytest.mark.parametrize("tokens", [(), range(316, 320)], ids=["detours", "and tokens"])
+def test_an_adapter_is_the_same_to_transformers_and_peft_as_to_us(exported: tuple[Path, list[str]], tokens: range, tmp_path: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    (tmp_path / "base").mkdir()
+    folder, targets = exported
     (tmp_path / "adapter").mkdir()
-    save_model(base, tmp_path / "base", eot=315)
-    attached = shaken(lora.attach(base, LoraParams(**DETOUR), seed=1)).eval()
+    attached = shaken(lora.attach(opened(folder), LoraParams(**{**DETOUR, "targets": targets}), seed=1, tokens=tokens)).eval()
     lora.save_adapter(attached, tmp_path / "adapter", "artifacts/models/base")
 
-    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in load_tensors(tmp_path / "adapter" / lora.WEIGHTS)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "adapter")).eval()
-    model = load_model(tmp_path / "base")
-    assert isinstance(model, Llama)
-    ours = lora.load_adapter(model, tmp_path / "adapter").eval()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "adapter")).eval()
+    ours = lora.load_adapter(opened(folder), tmp_path / "adapter").eval()
     with torch.no_grad():
         said = attached(ids())
+        assert not torch.allclose(said, opened(folder)(ids()), atol=0.1)
         assert torch.equal(ours(ids()), said)
         torch.testing.assert_close(theirs(input_ids=ids()).logits, said, atol=1e-5, rtol=1e-5)
     assert trained(ours) == 0
     assert theirs.generate(input_ids=ids(), max_new_tokens=2, do_sample=False).shape == (2, 18)
+
+
+@pytest.mark.parametrize("tokens", [None, [316, 319]], ids=["detours", "and tokens"])
+def test_an_adapter_that_peft_trained_on_the_transformers_model_says_the_same_on_ours(
+    exported: tuple[Path, list[str]], tokens: list[int] | None, tmp_path: Path
+):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder, targets = exported
+    torch.manual_seed(2)
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=targets, trainable_token_indices=tokens, task_type="CAUSAL_LM", fan_in_fan_out="c_fc" in targets
+    )
+    theirs: PeftModel = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    optimizer = torch.optim.AdamW((weight for weight in theirs.parameters() if weight.requires_grad), lr=0.05)
+    for _ in range(3):
+        theirs(input_ids=ids(), labels=ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(str(tmp_path / "adapter"))
+
+    ours = lora.load_adapter(opened(folder), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        said = theirs(input_ids=ids()).logits
+        assert not torch.allclose(said, opened(folder)(ids()), atol=0.1)
+        torch.testing.assert_close(ours(ids()), said, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lora.merge(ours)(ids()), said, atol=1e-5, rtol=1e-5)
+
+
+def opened(folder: Path) -> Any:
+    return load_model(folder)
+
+
+def test_the_tokens_of_a_chat_learn_in_the_embedding_and_the_head_and_no_other_row_moves(words: BpeTokenizer, base: Llama):
+    told, before = parse(LORA), base.model.embed_tokens.weight.clone()
+    job = METHODS["lora"](base, examples(words), told)
+    assert trained(job.model) == 3712 + 4 * 32
+    fit(job.model, job.batches, job.loss, told)
+    after = job.plain().model.embed_tokens.weight
+    assert words.eot == 315
+    assert torch.equal(after[:316], before[:316])
+    assert (after[316:] - before[316:]).abs().amax(1).min() > 0.01
+
+
+def test_a_head_of_its_own_learns_the_tokens_of_a_chat_too(base: Llama):
+    untied = Llama(replace(base.shape, tied=False))
+    attached = lora.attach(untied, LoraParams(**{**DETOUR, "targets": ["q_proj"]}), seed=1, tokens=range(316, 320))
+    assert trained(attached) == 2 * 4 * 64 + 2 * 4 * 32
+    said = shaken(attached).eval()(ids())
+    torch.testing.assert_close(lora.merge(attached)(ids()), said, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_is_no_lora_is_refused_by_name(base: Llama, tmp_path: Path):
+    from peft import IA3Config, get_peft_model
+
+    get_peft_model(copy.deepcopy(base), IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"adapter_config.json: the adapter is of type IA3, and only LORA is read"):
+        lora.load_adapter(base, tmp_path)
 
 
 def test_the_same_adapter_is_always_the_same_bytes(base: Llama, tmp_path: Path):
@@ -348,14 +445,141 @@ def test_a_layer_that_shares_its_weight_is_refused_because_merging_would_change_
         lora.attach(model, LoraParams(**{**DETOUR, "targets": ["lm_head"]}), seed=1)
 
 
+# QLoRA
+
+
+def plain_of(packed: Llama) -> Llama:
+    """The model that a packed one stands for, in plain layers: its oracle."""
+    plain = Llama(packed.shape)
+    state = {name: tensor for name, tensor in packed.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict(state | {f"{name}.weight": dequantized(layer) for name, layer in quantized_layers(packed).items()})
+    return plain.eval()
+
+
+def test_unpacked_a_base_says_the_same_and_all_its_parameters_can_be_counted(packed: Llama):
+    plain, oracle = qlora.unpacked(packed), plain_of(packed)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids()), packed(ids()), atol=1e-5, rtol=1e-5)
+        assert torch.equal(plain(ids()), oracle(ids()))
+    assert parameters(plain) == parameters(oracle) > parameters(packed)
+    assert not plain.is_loaded_in_4bit
+    assert packed.is_loaded_in_4bit
+
+
+def test_qlora_starts_as_its_base_and_trains_the_adapter_alone(packed: Llama):
+    from peft.tuners.lora.bnb import Linear4bit
+
+    with torch.no_grad():
+        before = packed(ids())
+        attached = lora.attach(packed, LoraParams(**DETOUR), seed=1)
+        assert torch.equal(attached(ids()), before)
+    assert sum(isinstance(part, Linear4bit) for part in attached.modules()) == 14
+    assert trained(attached) == 2 * 4 * (2 * 128 + 2 * 96 + 3 * 128)
+
+
+def test_the_gradient_through_packed_weights_is_that_through_the_numbers_they_stand_for(packed: Llama):
+    gradients = []
+    for model in (packed, plain_of(packed)):
+        attached = shaken(lora.attach(model, LoraParams(**DETOUR), seed=1, tokens=range(316, 320))).train()
+        attached(ids()).square().mean().backward()
+        gradients.append({name: weight.grad for name, weight in attached.named_parameters() if weight.requires_grad})
+    assert len(gradients[0]) == 2 * 14 + 1
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_qlora_leaves_the_packed_weights_as_they_were(words: BpeTokenizer, packed: Llama):
+    told, before = parse(QLORA), {name: layer.weight.data.clone() for name, layer in quantized_layers(packed).items()}
+    job = METHODS["qlora"](packed, examples(words), told)
+    fit(job.model, job.batches, job.loss, told)
+    after = {name.removeprefix("base_model.model.").removesuffix(".base_layer"): part for name, part in quantized_layers(job.model).items()}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].weight.data, weight) for name, weight in before.items())
+
+
+def test_over_a_packed_base_too_the_merged_adapter_says_what_the_attached_one_does(packed: Llama):
+    attached = shaken(lora.attach(packed, LoraParams(**DETOUR), seed=1, tokens=range(316, 320))).eval()
+    with torch.no_grad():
+        said = attached(ids())
+        merged = qlora.merge(attached)
+        assert not quantized_layers(merged)
+        torch.testing.assert_close(merged(ids()), said, atol=1e-5, rtol=1e-5)
+        assert torch.equal(attached(ids()), said)
+
+
+def test_merging_over_four_bits_unpacks_adds_and_packs_again_and_says_how_far_that_rounds(
+    packed: Llama, words: BpeTokenizer, tmp_path: Path
+):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    (tmp_path / "plain").mkdir()
+    save_model(plain_of(packed), tmp_path / "plain", words.eot)
+    attached = shaken(lora.attach(packed, LoraParams(**DETOUR), seed=1)).eval()
+    found = qlora.merge_quantized(attached)
+
+    moved = rounded = whole = 0.0
+    for name, layer in quantized_layers(found.model).items():
+        beside = attached.get_submodule(f"base_model.model.{name}")
+        before = dequantize_4bit(beside.base_layer.weight.data, beside.base_layer.weight.quant_state)
+        wanted = before + 8 / 4**0.5 * beside.lora_B["default"].weight @ beside.lora_A["default"].weight
+        after = dequantize_4bit(*quantize_4bit(wanted.detach(), blocksize=64, compress_statistics=True, quant_type="nf4"))
+        torch.testing.assert_close(dequantized(layer), after, atol=1e-6, rtol=0)
+        whole, moved, rounded = (
+            total + float(part.square().sum()) for total, part in ((whole, before), (moved, wanted - before), (rounded, after - wanted))
+        )
+    assert found.learned == pytest.approx((moved / whole) ** 0.5, rel=1e-4)
+    assert found.rounding == pytest.approx((rounded / whole) ** 0.5, rel=1e-4)
+    assert f"training moved the weights by {found.learned:.2%}, rounding by {found.rounding:.2%}" in str(found)
+
+    (tmp_path / "again").mkdir()
+    save_quantized(found.model, tmp_path / "plain", tmp_path / "again")
+    assert scheme_of(load_bundle(tmp_path / "again")) == "nf4"
+
+
+def test_an_adapter_over_four_bits_is_the_same_to_transformers_as_to_us(packed: Llama, words: BpeTokenizer, tmp_path: Path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for name in ("plain", "packed", "adapter"):
+        (tmp_path / name).mkdir()
+    save_model(plain_of(packed), tmp_path / "plain", words.eot)
+    save_quantized(packed, tmp_path / "plain", tmp_path / "packed")
+    attached = shaken(lora.attach(packed, LoraParams(**DETOUR), seed=1, tokens=range(316, 320))).eval()
+    lora.save_adapter(attached, tmp_path / "adapter", "base_nf4")
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    ours = lora.load_adapter(load_bundle(tmp_path / "packed"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(ours(ids()), attached(ids()))
+        torch.testing.assert_close(theirs(input_ids=ids()).logits, attached(ids()), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_wants_plain_weights_and_qlora_packed_ones(words: BpeTokenizer, base: Llama, packed: Llama):
+    with pytest.raises(ValueError, match="method qlora wants a base in 4 bits; name a quantize entry of scheme nf4"):
+        METHODS["qlora"](base, examples(words), parse(QLORA))
+    for scheme in ("int8", "nf4"):
+        with pytest.raises(ValueError, match=r"method lora wants a base of plain weights, .* packed in few bits; use method qlora"):
+            METHODS["lora"](quantize(plain_of(packed), scheme), examples(words), parse(LORA))
+    with pytest.raises(ValueError, match="method qlora wants a base in 4 bits"):
+        METHODS["qlora"](quantize(plain_of(packed), "int8"), examples(words), parse(QLORA))
+
+
 # Training
 
 
-@pytest.mark.parametrize("section", [SFT, LORA], ids=["sft", "lora"])
-def test_fine_tuning_lowers_the_loss_on_answers(section: dict[str, Any], words: BpeTokenizer, base: Llama):
-    told, found = parse(section), examples(words)
-    before = answer_loss(base, found, batch=8)
-    job = METHODS[told.method](base, found, told)
+SECTIONS = pytest.mark.parametrize("section", [SFT, LORA, QLORA], ids=["sft", "lora", "qlora"])
+
+
+def start_of(section: dict[str, Any], base: Llama, packed: Llama) -> Llama:
+    return packed if section["method"] == "qlora" else base
+
+
+@SECTIONS
+def test_fine_tuning_lowers_the_loss_on_answers(section: dict[str, Any], words: BpeTokenizer, base: Llama, packed: Llama):
+    told, found, model = parse(section), examples(words), start_of(section, base, packed)
+    before = answer_loss(model, found, batch=8)
+    job = METHODS[told.method](model, found, told)
     fit(job.model, job.batches, job.loss, told)
     assert answer_loss(job.plain(), found, batch=8) < 0.7 * before
 
@@ -364,7 +588,8 @@ def test_lora_leaves_the_base_as_it_was(words: BpeTokenizer, base: Llama):
     told, before = parse(LORA), {name: weight.clone() for name, weight in base.named_parameters()}
     job = METHODS["lora"](base, examples(words), told)
     fit(job.model, job.batches, job.loss, told)
-    after = {name.replace(".base_layer", "").removeprefix("base_model.model."): weight for name, weight in job.model.named_parameters()}
+    unwrapped = {name.replace(".base_layer", "").replace(".token_adapter", ""): weight for name, weight in job.model.named_parameters()}
+    after = {name.removeprefix("base_model.model."): weight for name, weight in unwrapped.items()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
@@ -385,17 +610,16 @@ class Stopped(Exception):
     """What a killed process would be."""
 
 
-@pytest.mark.parametrize("section", [SFT, LORA], ids=["sft", "lora"])
+@SECTIONS
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw_8bit"])
 def test_a_fine_tuning_that_was_interrupted_ends_as_one_that_was_not(
-    section: dict[str, Any], words: BpeTokenizer, base: Llama, tmp_path: Path
+    section: dict[str, Any], optimizer: str, words: BpeTokenizer, base: Llama, packed: Llama, tmp_path: Path
 ):
-    told, found = parse(section), examples(words)
-    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    told, found = parse({**section, "optimizer": optimizer}), examples(words)
+    model = start_of(section, base, packed)
 
     def fresh() -> sft.Job:
-        model = Llama(base.shape)
-        model.load_state_dict(weights)
-        return METHODS[told.method](model, found, told)
+        return METHODS[told.method](copy.deepcopy(model), found, told)
 
     def interrupted(step: int, metrics: Any) -> None:
         if step == 40:
@@ -409,6 +633,31 @@ def test_a_fine_tuning_that_was_interrupted_ends_as_one_that_was_not(
     assert fitted.resumed_at == 30
     ends = zip(whole.plain().state_dict().items(), resumed.plain().state_dict().values(), strict=True)
     assert all(torch.equal(weight, other) for (_, weight), other in ends)
+
+
+def test_moments_in_eight_bits_learn_as_those_in_thirty_two_do_and_take_a_quarter_of_the_room(words: BpeTokenizer, base: Llama):
+    found, sizes, losses = examples(words), {}, {}
+    for kind in ("adamw", "adamw_8bit"):
+        told, model = parse({**SFT, "optimizer": kind}), copy.deepcopy(base)
+        job = METHODS["sft"](model, found, told)
+        fit(job.model, job.batches, job.loss, told)
+        losses[kind] = answer_loss(model, found, batch=8)
+        [part] = (optimizer := build_optimizer(model, told)).parts
+        next_token(model, job.batches(0)).backward()
+        optimizer.step()
+        table = part.state[model.model.embed_tokens.weight]
+        sizes[kind] = sum(tensor.nbytes for name, tensor in table.items() if name not in ("step", "qmap1", "qmap2"))
+    assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.05)
+    assert sizes["adamw"] == 2 * 4 * 320 * 32
+    assert sizes["adamw_8bit"] == 2 * 320 * 32 + 2 * 4 * 320 * 32 / 256  # and a scale for each 256 of them
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a card it can page")
+def test_a_paged_optimizer_is_refused_where_there_is_nothing_to_page_to(words: BpeTokenizer, packed: Llama):
+    told = parse({**QLORA, "optimizer": "paged_adamw_8bit"})
+    job = METHODS["qlora"](packed, examples(words), told)
+    with pytest.raises(ValueError, match=r"paged_adamw_8bit moves moments .*, and this is a CPU; set it to adamw_8bit"):
+        fit(job.model, job.batches, job.loss, told)
 
 
 # Answers
@@ -521,6 +770,26 @@ def test_the_stage_makes_an_adapter_for_the_base_it_names(project: Path):
     assert metrics["trained_parameters"] == sum(tensor.numel() for tensor in load_tensors(folder / lora.WEIGHTS).values())
     assert metrics["share"] == metrics["trained_parameters"] / metrics["total_parameters"]
     assert lora.merge(lora.load_adapter(base, folder))(ids()).shape == (2, 16, 320)
+
+
+def test_the_stage_makes_an_adapter_for_a_base_in_four_bits_and_counts_all_its_parameters(
+    project: Path, words: BpeTokenizer, packed: Llama
+):
+    models = project / "artifacts/models"
+    for name in ("plain64", "base_nf4"):
+        (models / name).mkdir()
+    save_model(plain_of(packed), models / "plain64", words.eot)
+    words.save(models / "plain64")
+    save_quantized(packed, models / "plain64", models / "base_nf4")
+    seal(models / "base_nf4", "quantized", "quantize@base_nf4")
+
+    stage.run(tiny("qlora"), "qlora", project)
+    assert verify(models / "qlora", "adapter").parents["base"] == verify(models / "base_nf4").digest
+    metrics = json.loads((project / "artifacts/logs/finetune/qlora/metrics.json").read_text())
+    assert metrics["total_parameters"] == parameters(plain_of(packed))
+    assert metrics["trained_parameters"] == sum(tensor.numel() for tensor in load_tensors(models / "qlora" / lora.WEIGHTS).values())
+    assert metrics["val_loss"] < metrics["val_loss_before"]
+    assert qlora.merge(lora.load_adapter(load_bundle(models / "base_nf4"), models / "qlora"))(ids()).shape == (2, 16, 320)
 
 
 def test_the_same_fine_tuning_gives_the_same_bundle(project: Path):

@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 DOWNSTREAM_OF_BASE = {
     "train@base",
-    *("quantize@base_int8", "quantize@base_nf4", "quantize@chat_int8"),
-    *("finetune@sft", "finetune@lora"),
+    *(f"quantize@base_{scheme}" for scheme in ("bf16", "int8", "int8_dynamic", "int8_weight", "nf4")),
+    *("quantize@chat_int8", "quantize@chat_int8_weight"),
+    *(f"finetune@{name}" for name in ("sft", "lora", "qlora", "reward", "dpo", "ppo", "grpo")),
     "evaluate",
 }
 
@@ -82,7 +83,11 @@ def test_every_key_that_is_promised_is_measured(built: Path) -> None:
         assert {"size_mb", "p50_ms", "kl", "val_bpb"} <= set(metrics["quantize"][name]), name
     for condition in ("none", "random", "retrieved", "oracle"):
         assert {"accuracy", "f1"} <= set(metrics["rag"][condition]), condition
-    assert {"sft", "lora"} <= set(metrics["finetune"])
+    assert {"sft", "lora", "qlora"} <= set(metrics["finetune"])
+    assert {"accuracy", "calibration", "best_of"} <= set(metrics["alignment"]["reward"])
+    for policy in ("dpo", "ppo", "grpo"):
+        assert {"gold", "gold_before", "learned", "kl", "val_ppl", "distinct_2"} <= set(metrics["alignment"][policy]), policy
+    assert metrics["served"]["model"] in {"sft", "chat_int8", "chat_int8_weight"}
 
 
 def test_every_measurement_is_documented(built: Path) -> None:

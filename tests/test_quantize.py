@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,21 @@ from llm_from_scratch.bundle import BundleError, load_tensors, save_tensors
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.shards import write_shards
 from llm_from_scratch.evaluation.compare import compare
-from llm_from_scratch.evaluation.speed import latency, size_mb, step_seconds
-from llm_from_scratch.inference.quantize import linear_mb, load_bundle, quantize, quantized_layers, save_quantized
+from llm_from_scratch.evaluation.speed import batch_latency, latency, prefill, resident_mb, size_mb, step_seconds
+from llm_from_scratch.inference import int8
+from llm_from_scratch.inference.decoding import decoder
+from llm_from_scratch.inference.int8 import Dynamic, WeightOnly
+from llm_from_scratch.inference.kv_cache import KVCache
+from llm_from_scratch.inference.quantize import (
+    QuantizeParams,
+    dequantized,
+    linear_mb,
+    load_bundle,
+    quantize,
+    quantized_layers,
+    save_quantized,
+    scheme_of,
+)
 from llm_from_scratch.inference.sampling import Sampling, generate
 from llm_from_scratch.model.bigram import Bigram, BigramParams
 from llm_from_scratch.model.gpt import GptParams
@@ -31,7 +45,10 @@ from stages.__main__ import read_yaml
 
 VOCAB = 61
 EOT = 60
-SCHEMES = ("int8", "nf4")
+SCHEMES = ("bf16", "int8", "int8_dynamic", "int8_weight", "nf4")
+EIGHT_BITS = ("int8", "int8_dynamic", "int8_weight")
+SAME_KERNEL = ("bf16", "int8", "nf4")
+"""Schemes that transformers multiplies by as we do."""
 LLAMA = LlamaParams(
     architecture="llama", context=32, width=64, layers=2, heads=4, kv_heads=2, hidden=128, rope_theta=10000.0, qk_norm=False
 )
@@ -85,7 +102,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SAME_KERNEL)
 def test_transformers_opens_the_folder_and_gives_our_logits(plain: Path, scheme: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -95,14 +112,17 @@ def test_transformers_opens_the_folder_and_gives_our_logits(plain: Path, scheme:
         assert torch.allclose(logits_of(model, ids_of(20)), theirs(ids_of(20)).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SAME_KERNEL)
 def test_the_file_is_byte_for_byte_what_transformers_would_have_written(plain: Path, scheme: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
-    asked = BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else BitsAndBytesConfig(load_in_4bit=True, **four_bits)
-    theirs = AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked, dtype=torch.float32)
-    theirs.save_pretrained(tmp_path / "theirs")
+    asked = {
+        "bf16": {"dtype": torch.bfloat16},
+        "int8": {"dtype": torch.float32, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "nf4": {"dtype": torch.float32, "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four_bits)},
+    }
+    AutoModelForCausalLM.from_pretrained(plain, **asked[scheme]).save_pretrained(tmp_path / "theirs")
     _, ours = written(plain, scheme)
 
     expected, found = load_tensors(tmp_path / "theirs" / "model.safetensors"), load_tensors(ours / "model.safetensors")
@@ -110,6 +130,26 @@ def test_the_file_is_byte_for_byte_what_transformers_would_have_written(plain: P
     for name, tensor in expected.items():
         assert tensor.dtype == found[name].dtype, name
         assert torch.equal(tensor, found[name]), name
+
+
+def test_three_kernels_share_one_file_and_transformers_runs_each_as_llm_int8(plain: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folders = {scheme: written(plain, scheme)[1] for scheme in EIGHT_BITS}
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders.values()}) == 1
+    configs = {scheme: json.loads((folder / "config.json").read_text(encoding="utf-8")) for scheme, folder in folders.items()}
+    assert [config.pop("llm_from_scratch_kernel", None) for config in configs.values()] == [None, "int8_dynamic", "int8_weight"]
+    assert configs["int8"] == configs["int8_dynamic"] == configs["int8_weight"]
+
+    theirs = AutoModelForCausalLM.from_pretrained(folders["int8_weight"], dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(ids_of(20)).logits
+    models = {scheme: load_bundle(folder) for scheme, folder in folders.items()}
+    assert [scheme_of(model) for model in models.values() if isinstance(model, nn.Module)] == list(EIGHT_BITS)
+    assert torch.allclose(logits_of(models["int8"], ids_of(20)), logits, atol=1e-4)
+    for scheme in ("int8_dynamic", "int8_weight"):
+        gap = (logits_of(models[scheme], ids_of(20)) - logits).abs().mean() / logits.std()
+        assert 1e-6 < gap < 0.05, scheme
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -127,35 +167,109 @@ def test_saving_and_loading_changes_nothing(plain: Path, scheme: str) -> None:
         assert (second / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_an_int8_weight_is_a_whole_number_times_its_rows_scale(plain: Path) -> None:
+@pytest.mark.parametrize("scheme", EIGHT_BITS)
+def test_an_int8_weight_is_a_whole_number_times_its_rows_scale_as_in_bitsandbytes(plain: Path, scheme: str) -> None:
     import bitsandbytes as bnb
 
-    model, folder = written(plain, "int8")
+    model, folder = written(plain, scheme)
     tensors = load_tensors(folder / "model.safetensors")
     originals = dict(load_model(plain).named_modules())
     for name, layer in quantized_layers(model).items():
-        weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.SCB"]
-        by_hand = weight * scale[:, None] * (1 / 127)
-        theirs = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scale)
-        assert torch.allclose(by_hand, theirs, rtol=1e-6, atol=0)
-        half_a_step = scale[:, None] / 127 / 2 + 1e-3 * by_hand.abs()  # weights pass through float16 on the way
-        assert ((originals[name].weight - by_hand).abs() <= half_a_step).all()
+        weight, scale, original = tensors[f"{name}.weight"], tensors[f"{name}.SCB"], originals[name].weight.detach()
+        theirs, their_scale, _ = bnb.functional.int8_vectorwise_quant(original.half())
+        assert torch.equal(weight, theirs)
+        assert torch.equal(scale, their_scale)
+        assert torch.equal(dequantized(layer), bnb.functional.int8_vectorwise_dequant(weight, scale))
+        half_a_step = scale[:, None] / 127 / 2 + 1e-3 * original.abs()  # weights pass through float16 on the way
+        assert ((original - dequantized(layer)).abs() <= half_a_step).all()
 
 
-def test_an_nf4_weight_is_a_level_times_a_scale_that_is_itself_quantized(plain: Path) -> None:
+def test_an_nf4_weight_is_a_level_times_a_scale_that_is_itself_quantized_as_in_bitsandbytes(plain: Path) -> None:
     import bitsandbytes as bnb
 
-    model, folder = written(plain, "nf4")
-    tensors = load_tensors(folder / "model.safetensors")
-    for name, layer in quantized_layers(model).items():
-        packed = {key.removeprefix(f"{name}.weight"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.weight")}
-        offset = json.loads(bytes(packed[".quant_state.bitsandbytes__nf4"].tolist()))["nested_offset"]
-        levels = packed[".quant_map"][torch.cat((packed[""] >> 4, packed[""] & 15), 1).long()].view(-1, 64)
-        outer = packed[".nested_absmax"].repeat_interleave(256)[: len(levels)]
-        scales = packed[".nested_quant_map"][packed[".absmax"].long()] * outer + offset
+    model, _ = written(plain, "nf4")
+    for layer in quantized_layers(model).values():
+        assert torch.equal(dequantized(layer), bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
-        by_hand = (levels * scales[:, None]).view(layer.out_features, layer.in_features)
-        assert torch.equal(by_hand, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+
+def test_a_bf16_weight_keeps_eight_of_its_bits_of_precision(plain: Path) -> None:
+    model, folder = written(plain, "bf16")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_tensors(folder / "model.safetensors").values())
+    originals = dict(load_model(plain).named_modules())
+    for name, layer in quantized_layers(model).items():
+        assert torch.allclose(dequantized(layer), originals[name].weight, rtol=2**-8, atol=0)
+
+
+def test_rounding_a_row_by_hand() -> None:
+    weight, largest = int8.round_rows(torch.tensor([[2.0, -1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [-4.0, 4.0, 0.03125, 1.0]]))
+    assert weight.tolist() == [[127, -64, 32, 0], [0, 0, 0, 0], [-127, 127, 1, 32]]  # -63.5 to even; 31.75; 0.99; 31.75
+    assert largest.tolist() == [2.0, 0.0, 4.0]
+    assert int8.dequantize(weight, largest)[0].tolist() == pytest.approx([2.0, -2 * 64 / 127, 2 * 32 / 127, 0.0])
+
+
+@pytest.mark.parametrize("inputs", [64, 37])
+@pytest.mark.parametrize("tokens", [1, 2, int8.FEW, int8.FEW + 1, 40])
+def test_the_weight_only_product_is_that_of_the_dequantized_weights(tokens: int, inputs: int) -> None:
+    """torch's kernel reads sixteen inputs at once, and would add to a row of 37 what lies behind it in memory."""
+    torch.manual_seed(0)
+    layer, x = WeightOnly.of(nn.Linear(inputs, 37)), torch.randn(tokens, inputs)
+    assert layer.bias is not None
+    wanted = x.bfloat16().double() @ dequantized(layer).double().T
+    assert torch.allclose((layer(x) - layer.bias).double(), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_the_weight_only_product_is_rounded_alike_for_few_tokens_and_for_many() -> None:
+    """So that what scoring measures, window by window, is what answers token by token."""
+    torch.manual_seed(0)
+    layer, x = WeightOnly.of(nn.Linear(64, 48)), torch.randn(int8.FEW + 1, 64)
+    few, many = layer(x[:-1]), layer(x)[:-1]
+    assert (few == many).float().mean() > 0.95  # the others were near the middle of two numbers of bfloat16
+    assert torch.allclose(few, many, rtol=2**-7, atol=1e-4)
+
+
+def test_the_dynamic_product_by_hand() -> None:
+    """Activations 1 and -0.25 are 127 and -32 steps of 1 / 127; the weights 2 and 1 are 127 and 64 steps of 2 / 127."""
+    linear = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(linear.weight, 1.0)
+    with torch.no_grad():
+        linear.weight[0, 0] = 2.0
+    layer = Dynamic.of(linear)
+    found = layer(torch.tensor([[1.0, -0.25], [0.0, 0.0], [-100.0, 0.0]]))
+    assert found.flatten().tolist() == pytest.approx([(127 * 127 - 32 * 64) * 2 / 127**2, 0.0, -200.0])
+
+
+def test_the_dynamic_product_multiplies_whole_numbers_exactly_also_at_their_extremes() -> None:
+    """Where pairs of products are added up in 16 bits, as some kernels without VNNI do, these would overflow."""
+    layer = Dynamic.of(nn.Linear(512, 8, bias=False))
+    layer.weight.fill_(127)
+    layer.weight[1::2] = -127
+    x = torch.ones(3, 512)
+    expected = 512 * 127 * 127 * (1 / 127) * layer.scale * torch.tensor([1.0, -1.0] * 4)
+    assert torch.allclose(layer(x), expected.expand(3, -1), rtol=1e-6)
+
+
+def test_a_token_does_not_depend_on_the_fifteen_it_is_read_with() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 64) * torch.logspace(-2, 2, 16)[:, None]
+    linear = nn.Linear(64, 48)
+    dynamic, weight_only = Dynamic.of(linear), WeightOnly.of(linear)
+    assert torch.equal(dynamic(x), torch.cat([dynamic(row) for row in x.split(1)]))
+    assert torch.allclose(weight_only(x), torch.cat([weight_only(row) for row in x.split(1)]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight"])
+def test_sixteen_requests_in_step_get_what_each_gets_alone(shape: str, scheme: str) -> None:
+    model = quantize(trained(shape), scheme)
+    ids = torch.randint(0, VOCAB, (16, 12), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        cache = KVCache.of(model, 12, batch=16)
+        together = torch.cat([model(ids[:, :4], cache), *(model(ids[:, step : step + 1], cache) for step in range(4, 12))], 1)
+        for row in range(16):
+            alone = decoder(model, 12)
+            for length in (4, 8, 12):
+                logits = alone(ids[row, :length].tolist())
+                gap = (together[row, length - 1] - logits).abs().max()  # float32 sums in another order tip a rounding here and there
+                assert gap < 0.1 * logits.std(), (row, length)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -164,12 +278,15 @@ def test_only_the_linear_layers_of_the_blocks_are_replaced_and_the_original_stay
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     small = quantize(model, scheme)
 
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     layers = quantized_layers(small)
     assert len(layers) == 2 * (4 if shape == "gpt2" else 7)
+    if scheme == "bf16":
+        assert all(torch.equal(small.state_dict()[name], weight.bfloat16().float()) for name, weight in before.items())
+        return
     untouched = {name for name in before if name.rpartition(".")[0] not in layers}
     assert any("wte" in name or "embed_tokens" in name for name in untouched)
     assert all(torch.equal(small.state_dict()[name], before[name]) for name in untouched)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_nf4_refuses_rows_that_do_not_divide_into_its_blocks() -> None:
@@ -192,7 +309,23 @@ def test_megabytes_are_those_of_the_packed_tensors() -> None:
     packed, unpacked = linear_mb(quantize(trained("llama"), "int8"))
     assert unpacked == 4 * weights / 1e6
     assert packed == (weights + 4 * rows + 14) / 1e6  # a byte a weight, a scale a row, a byte a layer that says "row by row"
+    assert linear_mb(quantize(trained("llama"), "int8_weight")) == (packed, unpacked)
+    assert linear_mb(quantize(trained("llama"), "bf16")) == (unpacked / 2, unpacked)
     assert linear_mb(quantize(trained("llama"), "nf4"))[0] > weights / 2 / 1e6
+
+
+def test_resident_megabytes_are_those_of_what_is_held_and_bf16_is_widened() -> None:
+    model = trained("llama")
+    tables = 2 * 32 * 16  # cosines and sines of 32 places and 16 dimensions
+    plain = 4 * (sum(weight.numel() for weight in model.parameters()) + tables) / 1e6
+    assert resident_mb(model) == pytest.approx(plain)
+    assert resident_mb(quantize(model, "bf16")) == pytest.approx(plain)
+    packed, unpacked = linear_mb(quantize(model, "int8"))
+    rows = 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+    for scheme, extra in (("int8", 0), ("int8_weight", 6 * rows / 1e6)):  # ours holds scales for the kernel, too
+        small = quantize(model, scheme)
+        logits_of(small, ids_of(3))
+        assert resident_mb(small) == pytest.approx(plain - unpacked + packed + extra, abs=2e-5)
 
 
 def test_an_outlier_in_one_token_changes_how_int8_reads_the_others() -> None:
@@ -219,9 +352,10 @@ def test_int8_says_nothing_at_every_step(caplog: pytest.LogCaptureFixture) -> No
 def test_a_quantized_model_still_writes_and_stays_near_its_original() -> None:
     model = trained("llama")
     ids = ids_of(300).flatten().numpy()
-    eight, four = (compare(model, quantize(model, scheme), ids, context=32, batch=4) for scheme in SCHEMES)
-    assert 0 < eight.kl < four.kl < 0.2
-    assert 0.5 < four.top1 < eight.top1 < 1
+    found = {scheme: compare(model, quantize(model, scheme), ids, context=32, batch=4) for scheme in SCHEMES}
+    assert 0 < found["bf16"].kl < found["int8_weight"].kl < min(found["int8"].kl, found["int8_dynamic"].kl)  # weights alone cost least
+    assert max(agreement.kl for scheme, agreement in found.items() if scheme != "nf4") < found["nf4"].kl < 0.2
+    assert 0.5 < found["nf4"].top1 < found["int8"].top1 < 1
     new = list(generate(quantize(model, "nf4"), [1, 2, 3], Sampling(temperature=0, max_tokens=40), EOT))
     assert 0 < len(new) <= 40  # past the context of 32 too, behind a cache
     assert EOT not in new
@@ -230,11 +364,40 @@ def test_a_quantized_model_still_writes_and_stays_near_its_original() -> None:
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="no linear layer inside the blocks of Bigram; only a plain gpt or llama"):
         quantize(Bigram(BigramParams(architecture="bigram"), VOCAB), "int8")
-    with pytest.raises(ValueError, match="no linear layer"):
-        quantize(quantize(trained("llama"), "int8"), "nf4")
+    for scheme in ("int8", "int8_weight"):
+        with pytest.raises(ValueError, match="no linear layer"):
+            quantize(quantize(trained("llama"), scheme), "nf4")
 
 
-@pytest.mark.parametrize(("scheme", "lost"), [("int8", "SCB"), ("nf4", "weight.absmax"), ("nf4", "weight.quant_state.bitsandbytes__nf4")])
+def test_an_unknown_scheme_and_an_unknown_kernel_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no scheme 'int2'; there is bf16, int8, int8_dynamic, int8_weight, nf4"):
+        quantize(trained("llama"), "int2")
+    _, folder = written_beside(tmp_path, "int8_weight")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"llm_from_scratch_kernel": "int8_magic"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="llm_from_scratch_kernel is 'int8_magic', and there is int8_weight, int8_dynamic"):
+        load_bundle(folder)
+
+
+def test_a_model_that_is_not_quantized_is_not_saved_as_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="this Llama is not quantized; call quantize first"):
+        save_quantized(trained("llama"), tmp_path, tmp_path)
+
+
+def test_our_kernels_need_no_bitsandbytes_and_its_own_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model, folder = written_beside(tmp_path, "int8_weight")
+    again = load_bundle(folder)
+    assert isinstance(again, nn.Module)
+    assert torch.equal(logits_of(again, ids_of(5)), logits_of(model, ids_of(5)))
+    with pytest.raises(ValueError, match=r"need bitsandbytes; pip install 'llm-from-scratch\[quantize\]'"):
+        quantize(trained("llama"), "int8")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "lost"),
+    [("int8", "SCB"), ("int8_weight", "weight"), ("nf4", "weight.absmax"), ("nf4", "weight.quant_state.bitsandbytes__nf4")],
+)
 def test_a_file_that_lost_a_tensor_is_refused_by_the_layers_name(tmp_path: Path, scheme: str, lost: str) -> None:
     _, folder = written_beside(tmp_path, scheme)
     tensors = load_tensors(folder / "model.safetensors")
@@ -260,6 +423,18 @@ def test_left_over_and_missing_tensors_are_named(tmp_path: Path) -> None:
     del tensors["model.norm.weight"]
     save_tensors(folder / "model.safetensors", tensors)
     with pytest.raises(BundleError, match=r"model\.norm\.weight is missing"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("scheme", EIGHT_BITS)
+def test_an_int8_weight_of_another_shape_is_refused(tmp_path: Path, scheme: str) -> None:
+    _, folder = written_beside(tmp_path, scheme)
+    tensors = load_tensors(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_tensors(folder / "model.safetensors", tensors | {name: tensors[name][:, :32]})
+    with pytest.raises(
+        BundleError, match=r"q_proj cannot be unpacked \(found torch.int8 \(64, 32\) with \(64,\) scales, wanted int8 \(64, 64\)"
+    ):
         load_bundle(folder)
 
 
@@ -302,6 +477,16 @@ def test_latency_times_every_token_and_size_counts_the_weights(plain: Path) -> N
     assert size_mb(plain) == (plain / "model.safetensors").stat().st_size / 1e6
 
 
+def test_requests_in_step_and_a_prompt_at_once_are_timed_too(plain: Path) -> None:
+    model = load_model(plain)
+    assert isinstance(model, nn.Module)
+    found = batch_latency(model, [1, 2, 3], tokens=5, repeats=1, batch=4)
+    assert found.tok_per_s == pytest.approx(4000 / found.p50_ms, rel=2)  # four tokens a step, and steps take alike
+    assert prefill(model, [1, 2, 3], repeats=1) > 0
+    with pytest.raises(ValueError, match="context holds 32"):
+        batch_latency(model, [1] * 30, tokens=5, repeats=1, batch=2)
+
+
 # The stage
 
 WORDS = BpeTokenizer([])
@@ -312,7 +497,9 @@ def rebuilt(root: Path, texts: list[str]) -> Params:
     """A root as the stages before leave it, with a small `base`, and the params that go with it."""
     params = config.parse(read_yaml(Path(__file__).parent.parent / "params.yaml"), "params.yaml")
     evaluate = params.evaluate.model_copy(update={"latency_tokens": 3, "latency_repeats": 1, "kl_tokens": 200})
-    entries = {name: entry.model_copy(update={"evaluate_tokens": 300}) for name, entry in params.quantize.items()}
+    entries = {
+        f"base_{scheme}": QuantizeParams(model="base", scheme=scheme, tokens="wikipedia_bpe", evaluate_tokens=300) for scheme in SCHEMES
+    }
     with bundle.writing(root / "artifacts/tokens/wikipedia_bpe") as folder:
         facts = write_shards(folder, {"train": texts, "validation": texts}, WORDS.encode_batch, WORDS.eot, WORDS.vocab_size)
         WORDS.save(folder)
@@ -338,13 +525,30 @@ def test_the_stage_leaves_a_sealed_bundle_of_its_parent_and_keeps_the_clock_out_
     assert bundle.read_manifest(folder).digest == manifest.digest
 
     metrics = json.loads((tmp_path / "artifacts/logs/quantize/base_nf4/metrics.json").read_text(encoding="utf-8"))
-    pairs = {"size_mb", "linear_mb", "p50_ms", "tok_per_s", "val_loss", "val_bpb", "val_ppl"}
-    assert metrics.keys() >= {"kl", "top1", "scheme", "parameters", *pairs, *(f"{name}_fp32" for name in pairs)}
+    loss, room = {"val_loss", "val_bpb", "val_ppl"}, {"size_mb", "linear_mb", "resident_mb"}
+    speed = {"p50_ms", "tok_per_s", "p50_ms_batch16", "tok_per_s_batch16", "prefill_tok_per_s"}
+    pairs = loss | room | speed
+    assert metrics.keys() >= {"kl", "top1", "model", "scheme", "parameters", *pairs, *(f"{name}_fp32" for name in pairs)}
     assert metrics["size_mb"] < metrics["size_mb_fp32"]
     assert metrics["linear_mb"] < metrics["linear_mb_fp32"] / 5
     sample = (tmp_path / "artifacts/logs/quantize/base_nf4/sample.txt").read_text(encoding="utf-8")
     assert sample.startswith("base:\nHeld-out text th")
     assert "\nbase_nf4:\nHeld-out text th" in sample
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8_dynamic", "int8_weight"])
+def test_the_stage_says_on_the_card_what_multiplies(tmp_path: Path, scheme: str) -> None:
+    params = rebuilt(tmp_path, ["Held-out text that both models are asked to predict. " * 9])
+    stage.run(params, f"base_{scheme}", tmp_path)
+    card = (tmp_path / "artifacts/models" / f"base_{scheme}" / "README.md").read_text(encoding="utf-8")
+    assert "`base` with the 14 linear layers of its blocks in" in card
+    said = {"bf16": "the model in memory is not", "int8_dynamic": "rounded token by token", "int8_weight": "activations in bfloat16"}
+    assert said[scheme] in card
+    metrics = json.loads((tmp_path / f"artifacts/logs/quantize/base_{scheme}/metrics.json").read_text(encoding="utf-8"))
+    assert metrics["scheme"] == scheme
+    assert metrics["replaced_layers"] == 14
+    assert metrics["size_mb"] < metrics["size_mb_fp32"]
+    assert (metrics["resident_mb"] < metrics["resident_mb_fp32"]) == (scheme != "bf16")
 
 
 def test_the_stage_refuses_a_model_of_another_tokenizer_and_what_is_no_model(tmp_path: Path) -> None:

@@ -619,7 +619,7 @@ def test_the_n_gram_needs_no_plan_and_every_neural_rung_does() -> None:
         ({"learning_rate": -0.1}, "greater than 0"),
         ({"learning_rate": "3e-4"}, "valid number"),
         ({"cooldown_share": 1.5}, "less than or equal to 1"),
-        ({"optimizer": "adam"}, "'adamw' or 'muon'"),
+        ({"optimizer": "adam"}, "'adamw', 'muon', 'adamw_8bit' or 'paged_adamw_8bit'"),
         ({"warmup_steps": 61}, "61 is more than the 60 steps there are"),
         ({"model": {"architecture": "mini_gtp"}}, "no rung 'mini_gtp'"),
         (

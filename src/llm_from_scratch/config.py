@@ -57,15 +57,25 @@ class Params(Section):
         return self
 
     def _dangling(self) -> Iterator[str]:
-        models = [*self.train, *(name for name, entry in self.finetune.items() if entry.method != "lora")]  # an adapter is no whole model
+        partial = ("lora", "qlora", "reward")  # an adapter is no whole model, and a reward model writes nothing
+        models = [*self.train, *(name for name, entry in self.finetune.items() if entry.method not in partial)]
+        packed = [name for name, entry in self.quantize.items() if entry.scheme == "nf4"]
+        guides = [name for name, entry in self.finetune.items() if entry.method == "reward"]
         links: list[tuple[str, str, list[str]]] = [
             *((f"download.fetch.{place}", name, list(self.sources)) for place, name in enumerate(self.download.fetch)),
             *((f"tokenize.{name}.corpus", entry.corpus, self.download.fetch) for name, entry in self.tokenize.items()),
             *((f"train.{name}.tokens", entry.tokens, list(self.tokenize)) for name, entry in self.train.items()),
             *((f"quantize.{name}.model", entry.model, models) for name, entry in self.quantize.items()),
             *((f"quantize.{name}.tokens", entry.tokens, list(self.tokenize)) for name, entry in self.quantize.items()),
-            *((f"finetune.{name}.model", entry.model, models) for name, entry in self.finetune.items()),
+            *(
+                (f"finetune.{name}.model", entry.model, packed if entry.method == "qlora" else models)
+                for name, entry in self.finetune.items()
+            ),
             *((f"finetune.{name}.records", entry.records, self.download.fetch) for name, entry in self.finetune.items()),
+            *(
+                (f"finetune.{name}.guide", entry.guide, guides if entry.method in ("dpo", "ppo", "grpo") else [entry.model])
+                for name, entry in self.finetune.items()
+            ),
             ("index.documents", self.index.documents, self.download.fetch),
             ("index.embedder", self.index.embedder, self.download.fetch),
             ("serve.model", self.serve.model, [*models, *self.quantize]),

@@ -5,14 +5,18 @@ three records whose answers are real: `describe` (answer from memory), `topic` (
 question; half of the time beside a passage about something else, so that reading means choosing).
 
 `question_messages` is the one form in which a question meets its passages: training, evaluation, retrieval and serving all use it.
+
+Conversations that people have already are read from JSON lines in the three shapes that are common: lists of messages, Alpaca's
+instruction, input and output, and pairs of prompt and completion.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
@@ -26,6 +30,10 @@ PASSAGE_CHARACTERS = 400
 WHAT = ("What is {}?", "In a few words, what is {}?", "Describe {} in a few words.", "Tell me briefly: what is {}?")
 WHO = ("Who is {}?", "In a few words, who is {}?", "Describe {} in a few words.", "Tell me briefly: who is {}?")
 FIELD = ("Which field does {} belong to?", "What is the field of {}?", "Name the field that {} belongs to.")
+
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"))
+"""What a question and its answer are called in a record without messages. Beside an instruction there may be an `input` to work on."""
+SHAPES = "messages, instruction and output, prompt and completion, or prompt and response"
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 
@@ -88,32 +96,48 @@ def records(documents: Sequence[Document], seed: int, passage_characters: int = 
 
 
 def read_records(path: Path) -> list[ChatRecord]:
-    """Chat records from JSON lines. Raises RecordError naming every bad line (the first five in full): all are good, or none is used."""
-    lines = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    """Chat records from JSON lines of `messages`, of `instruction`, `input` and `output`, or of `prompt` and `completion` (or `response`).
+
+    Where a line has no `id`, one is made of its content; other keys are left aside. Raises RecordError naming every bad line (the first
+    five in full): all are good, or none is used.
+    """
+    lines = [(number, line) for number, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
     found: list[ChatRecord] = []
     faults: list[str] = []
     for number, line in lines:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            faults.append(f"line {number}: not JSON ({error.msg})")
-            continue
-        if fault := _fault(record):
+            found.append(_parsed(line))
+        except RecordError as fault:
             faults.append(f"line {number}: {fault}")
-        else:
-            found.append(record)
     if faults or not found:
-        raise RecordError(f"{path}: {_summary(faults, len(lines))}; correct the file, then run the stage again")
+        raise RecordError(f"{path}: {bad_records(faults, len(lines))}; correct the file, then run the stage again")
     return found
 
 
+def gather_records(place: Path) -> list[ChatRecord]:
+    """The chat records of one .jsonl file, or of all in a folder, in the order of their paths.
+
+    Raises RecordError as `read_records` does, and for a place with no such file.
+    """
+    paths = [place] if place.is_file() else sorted(path for path in place.rglob("*.jsonl") if path.is_file())
+    if not paths:
+        raise RecordError(f"{place}: found no .jsonl file, wanted one of chat records or a folder of them; correct the path in params.yaml")
+    return [record for path in paths for record in read_records(path)]
+
+
 def split_records(chat_records: Sequence[ChatRecord], share: float) -> tuple[list[ChatRecord], list[ChatRecord]]:
-    """(to train on, held out), by a hash of the id as documents are split; each has at least one where there are two and a share."""
-    split = with_splits([Document(record["id"], "", "") for record in chat_records], share)
-    sides: dict[str, list[ChatRecord]] = {"train": [], "validation": []}
-    for record, document in zip(chat_records, split, strict=True):
-        sides[document.split].append(record)
-    return sides["train"], sides["validation"]
+    """(to train on, held out), by a hash of the first question, as documents are split by one of their id.
+
+    So a question that stands in several records is never asked of a model that was trained on it. Each side has something where there are
+    two questions and a share.
+    """
+    asked = [next(message["content"] for message in record["messages"] if message["role"] == "user") for record in chat_records]
+    split = with_splits([Document(question, "", "") for question in dict.fromkeys(asked)], share)
+    held_out = {document.id for document in split if document.split == "validation"}
+    sides: tuple[list[ChatRecord], list[ChatRecord]] = ([], [])
+    for question, record in zip(asked, chat_records, strict=True):
+        sides[question in held_out].append(record)
+    return sides
 
 
 def write_records(path: Path, chat_records: Sequence[ChatRecord]) -> None:
@@ -152,18 +176,54 @@ def _read(entry: Document, entries: Sequence[Document], rng: random.Random, char
     return _record(entry, "read", question_messages(question, passages), entry.description)
 
 
-def _fault(record: Any) -> str:
-    """What keeps a parsed line from being a chat record, or nothing."""
-    if not isinstance(record, dict) or set(record) != {"id", "kind", "messages"}:
-        keys = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-        return f"found {keys or 'nothing'}, wanted an object of id, kind and messages"
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8, then run the stage again") from None
+
+
+def _parsed(line: str) -> ChatRecord:
+    """The chat record on a line. Raises RecordError saying what keeps it from being one."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+        raise RecordError(f"found {type(row).__name__}, wanted an object of {SHAPES}")
     for key in ("id", "kind"):
-        if not isinstance(record[key], str) or not record[key]:
-            return f"{key}: found {record[key]!r}, wanted some text"
-    messages = record["messages"]
+        if key in row:
+            _require_text(row, key)
+    messages: Any = row["messages"] if "messages" in row else _turns(row)
     if not isinstance(messages, list) or not messages:
-        return "messages: wanted a list that ends in the assistant's answer"
-    return next(_message_faults(messages), "")
+        raise RecordError("messages: wanted a list that ends in the assistant's answer")
+    if fault := next(_message_faults(messages), ""):
+        raise RecordError(fault)
+    return {"id": row.get("id") or _name(messages), "kind": row.get("kind", "chat"), "messages": messages}
+
+
+def _turns(row: Mapping[str, Any]) -> list[Message]:
+    """The question and the answer of a record that has no messages. What an instruction is to work on stands below it."""
+    pair = next((pair for pair in PAIRS if row.keys() >= set(pair)), None)
+    if pair is None:
+        raise RecordError(f"found {', '.join(sorted(row)) or 'nothing'}, wanted {SHAPES}")
+    for key in pair:
+        _require_text(row, key)
+    asked, answered = (row[key] for key in pair)
+    if pair[0] == "instruction" and row.get("input"):
+        _require_text(row, "input")
+        asked = f"{asked}\n\n{row['input']}"
+    return [*question_messages(asked, []), {"role": "assistant", "content": answered}]
+
+
+def _require_text(row: Mapping[str, Any], key: str) -> None:
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise RecordError(f"{key}: found {row[key]!r}, wanted some text")
+
+
+def _name(messages: Sequence[Message]) -> str:
+    """An id made of what is said: the same conversation has the same one in any file and place."""
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _message_faults(messages: list[Any]) -> Iterator[str]:
@@ -181,7 +241,8 @@ def _message_faults(messages: list[Any]) -> Iterator[str]:
         yield f"messages: found the turns {', '.join(map(str, roles))}; wanted user and assistant in turn, a system message only first"
 
 
-def _summary(faults: list[str], count: int) -> str:
+def bad_records(faults: list[str], count: int) -> str:
+    """One line about a file of `count` records: the first five faults in full, and how many more there are."""
     if not faults:
         return "found no records"
     more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""

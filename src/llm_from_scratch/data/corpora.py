@@ -2,7 +2,8 @@
 
 Three kinds are pinned files: one of the package registry (`pypi`), one at a URL (`url`), some of a Hugging Face repository
 (`huggingface`), fetched by one downloader, from a mirror first where there is one. Nothing is installed or run. Two kinds may be larger
-than memory: a data set of the hub, row by row (`stream`), and text that is here already (`folder`); see `streams`.
+than memory: a data set of the hub, row by row (`stream`), and text that is here already (`folder`); see `streams`. The last is no text
+but conversations that are here already (`records`).
 """
 
 from __future__ import annotations
@@ -148,8 +149,20 @@ class FolderSource(_Open):
         return Path(self.path).name
 
 
+class RecordsSource(_Described):
+    """A .jsonl file of chat records, or a folder of some (see `chat.read_records`); `path` and `sha256` are as those of a folder."""
+
+    kind: Literal["records"]
+    path: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+    @property
+    def origin(self) -> str:
+        return Path(self.path).name
+
+
 PinnedSource = PypiSource | UrlSource | HuggingFaceSource
-Source = Annotated[PinnedSource | StreamSource | FolderSource, Field(discriminator="kind")]
+Source = Annotated[PinnedSource | StreamSource | FolderSource | RecordsSource, Field(discriminator="kind")]
 
 
 class DownloadParams(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from llm_from_scratch.evaluation.selection import ServeRule
 from llm_from_scratch.section import Section
 
 
@@ -12,6 +13,7 @@ class PromotionParams(Section):
 
     metric: str
     finetune_metric: str
+    alignment_metric: str
     minimum_gain: float = Field(ge=0)
 
 
@@ -35,4 +37,5 @@ class EvaluateParams(Section):
     kl_tokens: int = Field(ge=1)
     heatmap_text: str = Field(min_length=1)
     mixture: MixtureParams
+    serve_rule: ServeRule
     promotion: PromotionParams

@@ -1,10 +1,10 @@
 """How fast a model writes and learns, and how much room it takes.
 
-Writing is one request, one token after another, as a person at a prompt waits for it. Batching gives more tokens a second; it is not
-measured here. Learning is held against what the device could do at most: the share is its MFU.
-The numbers hold a clock, so they belong in reports and never in a bundle.
+Writing is one token after another: of one request, as a person at a prompt waits for it, or of several in step, which gives each of them
+its tokens later and all of them more a second. Reading is a whole prompt at once (prefill). Learning is held against what the device could
+do at most: the share is its MFU. The numbers hold a clock, so they belong in reports and never in a bundle.
 
-Shapes: T context, C the width of attention, all its heads together.
+Shapes: B requests, T context, C the width of attention, all its heads together.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm_from_scratch.inference.decoding import decoder
+from llm_from_scratch.inference.decoding import decoder, evaluating
+from llm_from_scratch.inference.kv_cache import KVCache
 from llm_from_scratch.model.gpt import Gpt
 from llm_from_scratch.model.llama import Llama
 from llm_from_scratch.model.ngram import NGram
@@ -51,7 +52,9 @@ PROBE_SIDE, PROBES = 1024, 8
 
 @dataclass(frozen=True)
 class Latency:
-    """`p50_ms`: half of the tokens took no longer than this many milliseconds. `tok_per_s`: tokens by the time of all of them."""
+    """`p50_ms`: half of the steps, a token of each request, took no longer than this many milliseconds. `tok_per_s`: tokens by the time of
+    all of them.
+    """
 
     p50_ms: float
     tok_per_s: float
@@ -59,8 +62,20 @@ class Latency:
 
 def latency(model: nn.Module | NGram, prompt: Sequence[int], tokens: int, repeats: int) -> Latency:
     """Of `tokens` greedy ones after `prompt`; the median of `repeats`, after one that is not counted (caches, lazy set-up)."""
-    runs = [step_seconds(model, prompt, tokens) for _ in range(repeats + 1)][1:]
-    return Latency(p50_ms=1000 * median(median(steps) for steps in runs), tok_per_s=tokens / median(sum(steps) for steps in runs))
+    return _middle([step_seconds(model, prompt, tokens) for _ in range(repeats + 1)][1:], tokens)
+
+
+def batch_latency(model: nn.Module, prompt: Sequence[int], tokens: int, repeats: int, batch: int) -> Latency:
+    """The same of `batch` requests in step, all with `prompt`; for a gpt or llama, and within its context.
+
+    Raises ValueError where the prompt and the tokens do not fit the context.
+    """
+    return _middle([batch_step_seconds(model, prompt, tokens, batch) for _ in range(repeats + 1)][1:], batch * tokens)
+
+
+def prefill(model: nn.Module, prompt: Sequence[int], repeats: int) -> float:
+    """Tokens a second of reading `prompt` into an empty cache; the median of `repeats`, after one that is not counted."""
+    return len(prompt) / median([_read(model, prompt, 1, len(prompt))[2] for _ in range(repeats + 1)][1:])
 
 
 def step_seconds(model: nn.Module | NGram, prompt: Sequence[int], tokens: int) -> list[float]:
@@ -75,6 +90,28 @@ def step_seconds(model: nn.Module | NGram, prompt: Sequence[int], tokens: int) -
         seconds.append(time.perf_counter() - started)
         ids.append(token)
     return seconds
+
+
+@torch.inference_mode()
+def batch_step_seconds(model: nn.Module, prompt: Sequence[int], tokens: int, batch: int) -> list[float]:
+    """Seconds of each of `tokens` steps of `batch` requests, each of which gets a token from every step."""
+    cache, logits, _ = _read(model, prompt, batch, len(prompt) + tokens)
+    seconds = []
+    for _ in range(tokens):
+        started = time.perf_counter()
+        logits = model(logits[:, -1:].argmax(-1), cache)
+        logits[0, -1, 0].item()  # waits for a card
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def resident_mb(model: nn.Module) -> float:
+    """Megabytes of the tensors that a model holds while it serves: weights, scales and tables, shared ones once.
+
+    Not in it: the cache of each request, what a step makes and drops again, Python and its libraries.
+    """
+    held: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.state_dict().values(), *model.buffers())}
+    return sum(held.values()) / 1e6
 
 
 def size_mb(folder: Path) -> float:
@@ -128,6 +165,23 @@ def peak_memory_mb(device: torch.device) -> float:
 
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6
+
+
+def _middle(runs: Sequence[Sequence[float]], tokens: int) -> Latency:
+    """Of several runs of steps, each of which made `tokens` tokens: the median step of the median run."""
+    return Latency(p50_ms=1000 * median(median(steps) for steps in runs), tok_per_s=tokens / median(sum(steps) for steps in runs))
+
+
+@torch.inference_mode()
+def _read(model: nn.Module, prompt: Sequence[int], batch: int, capacity: int) -> tuple[KVCache, Tensor, float]:
+    """`batch` times `prompt` in an empty cache, the logits (B, T, V) after it, and the seconds that reading took."""
+    cache = KVCache.of(model, capacity, batch)
+    ids = torch.tensor([list(prompt)] * batch, device=next(model.parameters()).device)
+    started = time.perf_counter()
+    with evaluating(model):
+        logits = model(ids, cache)
+    logits[0, -1, 0].item()
+    return cache, logits, time.perf_counter() - started
 
 
 def _probed() -> float:

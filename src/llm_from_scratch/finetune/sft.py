@@ -34,9 +34,13 @@ SHORTEST_PASSAGE = 16  # tokens; a passage cut below this says nothing
 
 
 class Finetune(Plan):
-    """What every method is told: the plan of training, the bundle it starts from, the corpus of its records, and what to measure."""
+    """What every method is told: the plan of training, the bundle it starts from, the corpus of its records, and what to measure.
+
+    `guide` is a second bundle that the method reads, the reward model of those that follow one; the others name `model` again.
+    """
 
     model: str
+    guide: str
     records: str
     questions: Annotated[int, Field(ge=1)]
     samples: Annotated[int, Field(ge=0)]
@@ -71,15 +75,15 @@ class Examples:
 class Job:
     """What a method hands to `fit` (`model`, `batches`, `loss`), and what is to be done once that ended.
 
-    `plain` gives the trained model as a rung of the ladder, `save` writes it into a folder as a bundle of `kind`; it is told where the
+    `plain` gives the trained model as one to ask, `save` writes it into a folder as a bundle of `kind`; it is told where the
     bundle that it started from is.
     """
 
     model: nn.Module
     batches: Batches
     loss: Loss
-    kind: Literal["model", "adapter"]
-    plain: Callable[[], Rung]
+    kind: Literal["model", "adapter", "reward"]
+    plain: Callable[[], nn.Module]
     save: Callable[[Path, str], None]
 
 

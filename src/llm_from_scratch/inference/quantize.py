@@ -1,46 +1,51 @@
-"""Smaller weights: the linear layers inside the blocks in 8 or 4 bits, everything else as it was.
+"""Smaller weights: the linear layers inside the blocks in 16, 8 or 4 bits, and bundles of them.
 
-int8 (Dettmers et al. 2022, LLM.int8()): each output row of a weight has one scale, and activations are rounded to 8 bits on the way in,
-except the columns with an outlier of 6 or more. Those are chosen for all tokens that are read together, so a token's logits depend a
-little on its company: a cached step and a whole read may differ. nf4 (Dettmers et al. 2023, QLoRA): 16 levels at the quantiles of a normal
-distribution, one scale for 64 weights, and the scales quantized themselves (double quantization); activations stay as they are.
+| scheme | in the file | multiplied by |
+|---|---|---|
+| `bf16` | all weights in bfloat16 | float32, to which they are widened at loading: a smaller file, not a smaller model |
+| `int8` | 8 bits, a scale a row | bitsandbytes' LLM.int8(): activations rounded too, outliers apart |
+| `int8_dynamic` | the same file | `int8.Dynamic`: activations rounded token by token, whole numbers multiplied; needs VNNI to be fast |
+| `int8_weight` | the same file | `int8.WeightOnly`: activations in bfloat16; faster for a token at a time on any x86 |
+| `nf4` | 4 bits, a scale for 64, itself in 8 bits | bitsandbytes: weights unpacked to float32 at every step |
 
-The embedding and the head are left alone on purpose: tied they are one matrix, which the embedding reads by row, and a packed one cannot
-be. In a small model they are a good part of the weights, so the file shrinks by less than the layers do. What it cannot do is promise
-speed on a CPU: bitsandbytes unpacks the weights, or rounds the activations, again at every step.
+transformers opens all of them. The three int8 schemes write one and the same `model.safetensors`, the one that transformers would have
+written. Which kernel runs is a choice at loading, and stands in config.json under a key of ours that transformers does not read: it runs
+LLM.int8(), which rounds activations in its own way, so its logits are near those of our two kernels, not equal.
 
-The tensors are named and packed as transformers does it, so `AutoModelForCausalLM.from_pretrained` opens a saved folder.
+The embedding and the head are left alone on purpose (but for bf16): tied they are one matrix, which the embedding reads by row, and a
+packed one cannot be. In a small model they are a good part of the weights, so the file shrinks by less than the layers do, and a token
+still reads the whole head in float32.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from llm_from_scratch.bundle import MANIFEST, BundleError, save_tensors
+from llm_from_scratch.inference import int8, nf4, packed
+from llm_from_scratch.inference.int8 import KERNELS, Int8Linear
 from llm_from_scratch.model.gpt import Gpt
 from llm_from_scratch.model.huggingface import INDEX, WEIGHTS
 from llm_from_scratch.model.llama import Llama
 from llm_from_scratch.model.ngram import NGram
-from llm_from_scratch.model.registry import CONFIG, from_config, load_model, read_config, read_tensors
+from llm_from_scratch.model.registry import CONFIG, export_state, from_config, load_model, read_config, read_tensors
 from llm_from_scratch.section import Section
 
-Scheme = Literal["int8", "nf4"]
+Scheme = Literal["bf16", "int8", "int8_dynamic", "int8_weight", "nf4"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 KINDS = ("model", "ngram", "quantized")
 """Bundles that `load_bundle` opens."""
-OUTLIER = 6.0
-"""Activations of this size and more are multiplied in full precision (LLM.int8(), section 3.2)."""
-BLOCK = 64
-"""Weights that share a scale in nf4."""
+SECTION, KERNEL = "quantization_config", "llm_from_scratch_kernel"
+"""Keys of config.json: the one that transformers reads, and the one that says which of our kernels multiplies."""
 PACKED = {"int8": (".weight", ".SCB", ".weight_format"), "nf4": (".weight", ".weight.")}
 """How the names of a quantized weight's tensors go on, or begin, after the name of its layer."""
 
@@ -55,16 +60,24 @@ class QuantizeParams(Section):
 
 
 def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
-    """A copy of `model` in evaluation mode, its linear layers inside the blocks quantized. Raises ValueError where there are none."""
+    """A copy of `model` in evaluation mode, its linear layers inside the blocks quantized (for bf16: every weight rounded).
+
+    Raises ValueError where there are no such layers, and for a scheme that is none.
+    """
+    _require_known(scheme)
     names = linear_names(model)
     if not names:
         raise ValueError(f"quantize: no linear layer inside the blocks of {type(model).__name__}; only a plain gpt or llama has them")
     quantized = copy.deepcopy(model)
+    if scheme == "bf16":
+        with torch.no_grad():
+            for weight in quantized.parameters():
+                weight.copy_(weight.bfloat16())
+        return _ready(quantized, scheme)
     for name in names:
         linear = quantized.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = _empty_layer(linear, scheme)
-        layer.weight = _pack(linear.weight.detach(), layer, scheme)
+        layer = KERNELS[scheme].of(linear) if scheme in KERNELS else packed.pack(linear, _packing(scheme))
         quantized.set_submodule(name, layer)
     return _ready(quantized, scheme)
 
@@ -78,24 +91,55 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that `quantize` replaced, by name."""
-    bnb = _bitsandbytes()
-    return {name: part for name, part in model.named_modules() if isinstance(part, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)}
+    """The layers that `quantize` replaced, by name; for bf16, which replaces none, those whose weights it rounded."""
+    replaced = {name: part for name, part in model.named_modules() if isinstance(part, Int8Linear) or packed.packing_of(part)}
+    return replaced or {name: model.get_submodule(name) for name in linear_names(model) if _is_bf16(model)}
+
+
+def scheme_of(model: nn.Module) -> Scheme:
+    """How a model is quantized. Raises ValueError for one that is not."""
+    layer = next(iter(quantized_layers(model).values()), None)
+    if layer is None:
+        raise ValueError(f"this {type(model).__name__} is not quantized; call quantize first")
+    ours: dict[type, Scheme] = {KERNELS[scheme]: scheme for scheme in SCHEMES if scheme in KERNELS}
+    return ours.get(type(layer)) or packed.packing_of(layer) or "bf16"
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """float32 (out, in): the numbers that a layer of `quantized_layers` stands for, the same bits that bitsandbytes unpacks."""
+    tensors = layer.state_dict()
+    if "SCB" in tensors:
+        return int8.dequantize(tensors["weight"], tensors["SCB"])
+    weight: Tensor = nf4.dequantize(tensors) if "weight.absmax" in tensors else tensors["weight"]
+    return weight
 
 
 def linear_mb(model: nn.Module) -> tuple[float, float]:
-    """Megabytes of the replaced weights with all that unpacking them needs, and of the same weights in float32."""
-    layers = [layer for layer in quantized_layers(model).values() if isinstance(layer, nn.Linear)]
-    packed = sum(tensor.nbytes for layer in layers for name, tensor in layer.state_dict().items() if name != "bias")
+    """Megabytes of the replaced weights as stored, with all that unpacking them needs, and of the same weights in float32."""
+    layers: list[Any] = list(quantized_layers(model).values())
     plain = sum(4 * layer.in_features * layer.out_features for layer in layers)
-    return packed / 1e6, plain / 1e6
+    if _is_bf16(model):
+        return plain / 2e6, plain / 1e6
+    stored = sum(tensor.nbytes for layer in layers for name, tensor in layer.state_dict().items() if name != "bias")
+    return stored / 1e6, plain / 1e6
 
 
 def save_quantized(model: nn.Module, source: Path, folder: Path) -> None:
-    """Write a quantized model beside what goes with it: tokenizer, chat template and generation settings are those of `source`."""
-    config = read_config(source) | {"dtype": "float32", "quantization_config": _config_section(model)}
+    """Write a quantized model beside what goes with it: tokenizer, chat template and generation settings are those of `source`.
+
+    Raises ValueError for a model that is not quantized.
+    """
+    scheme = scheme_of(model)
+    config = {key: value for key, value in read_config(source).items() if key not in (SECTION, KERNEL)}
+    config |= {"dtype": "bfloat16"} if scheme == "bf16" else {"dtype": "float32", SECTION: packed.section(_packing(scheme))}
+    config |= {KERNEL: scheme} if scheme in KERNELS else {}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_tensors(folder / WEIGHTS, model.state_dict())  # ours are Hugging Face's names; a quantized Conv1D is not turned there
+    if scheme == "bf16":
+        assert isinstance(model, Gpt | Llama)
+        tensors = {name: tensor.bfloat16() for name, tensor in export_state(model).items()}
+    else:
+        tensors = model.state_dict()  # ours are Hugging Face's names; a quantized Conv1D is not turned there
+    save_tensors(folder / WEIGHTS, tensors)
     own = {CONFIG, INDEX, MANIFEST, "README.md"}
     for path in source.iterdir():
         if path.is_file() and path.name not in own and path.suffix != ".safetensors":
@@ -105,111 +149,87 @@ def save_quantized(model: nn.Module, source: Path, folder: Path) -> None:
 def load_bundle(folder: Path) -> nn.Module | NGram:
     """The model in a folder, plain or quantized, in evaluation mode.
 
-    Raises BundleError for a damaged one and ValueError for what is no whole model, as an adapter is.
+    Raises BundleError for a damaged one and ValueError for what is no whole model, as an adapter is, or quantized in a way not known here.
     """
     if (folder / "adapter_config.json").exists() and not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds an adapter, and its base is elsewhere; open it with finetune, or serve a merged one")
     config = read_config(folder)
-    if "quantization_config" not in config:
-        return load_model(folder)
-    scheme = _scheme_of(config["quantization_config"], folder / CONFIG)
+    if SECTION not in config:
+        plain = load_model(folder)
+        return _ready(plain, "bf16") if config.get("dtype") == "bfloat16" and isinstance(plain, Gpt | Llama) else plain
+    scheme = _scheme_in(config, folder / CONFIG)
     model = from_config(config)
     tensors = read_tensors(folder)
     names = linear_names(model)
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = _empty_layer(linear, scheme)
         try:
-            layer.weight = _unpack(_take(tensors, name, scheme), layer, scheme)
+            layer = _layer(linear, scheme, _take(tensors, name, _packing(scheme)))
         except (KeyError, ValueError) as error:
             raise BundleError(f"{folder / WEIGHTS}: {name} cannot be unpacked ({error}); it and {CONFIG} are not of one model") from None
         model.set_submodule(name, layer)
     missing, odd = model.load_state_dict(tensors, strict=False)
-    if wrong := odd + sorted(set(missing) - {f"{name}.weight" for name in names}):
+    taken = {name + suffix for name in names for suffix in PACKED["int8"]}
+    if wrong := odd + sorted(set(missing) - taken):
         raise BundleError(f"{folder / WEIGHTS}: {wrong[0]} {'has no place' if odd else 'is missing'}; it and {CONFIG} are not of one model")
     return _ready(model, scheme)
 
 
-def _empty_layer(linear: nn.Linear, scheme: Scheme) -> Any:
-    """bitsandbytes' layer in place of `linear`: the same bias, and a weight that is still to come (on no device, so it costs nothing)."""
-    bnb = _bitsandbytes()
-    # bitsandbytes 0.50 packs a row that ends inside a block, and on the CPU unpacks it with the wrong scales, without a word.
-    if scheme == "nf4" and linear.in_features % BLOCK:
-        raise ValueError(
-            f"quantize: nf4 works on blocks of {BLOCK} weights and found {linear.in_features} inputs; choose int8 or a multiple of {BLOCK}"
-        )
-    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    with torch.device("meta"):
-        if scheme == "int8":
-            layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER)
-        else:
-            layer = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
-    layer.bias = linear.bias
-    return layer
+def _layer(linear: nn.Linear, scheme: Scheme, tensors: dict[str, Tensor]) -> nn.Module:
+    """What stands in place of `linear`. Raises KeyError or ValueError where the tensors are not those of such a layer."""
+    if scheme == "nf4":
+        return packed.unpack(linear, "nf4", tensors)
+    weight, largest = tensors["weight"], tensors["SCB"]
+    if weight.dtype != torch.int8 or weight.shape != linear.weight.shape or largest.shape != weight.shape[:1]:
+        wanted = f"int8 {tuple(linear.weight.shape)} and a scale a row"
+        raise ValueError(f"found {weight.dtype} {tuple(weight.shape)} with {tuple(largest.shape)} scales, wanted {wanted}")
+    if scheme not in KERNELS:
+        return packed.unpack(linear, "int8", tensors)
+    aligned = weight.clone()  # a tensor of a mapped file may begin at any byte, and the kernels read sixteen at once
+    return KERNELS[scheme](aligned, largest.clone(), linear.bias)
 
 
-def _pack(weight: Tensor, layer: nn.Module, scheme: Scheme) -> nn.Parameter:
-    """Quantize (out, in) float32: bitsandbytes does it when a fresh parameter is moved, to the CPU too."""
-    bnb = _bitsandbytes()
-    if scheme == "int8":
-        packed: nn.Parameter = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
-    else:
-        packed = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=True, module=layer).to(weight.device)
-    return packed
-
-
-def _unpack(tensors: dict[str, Tensor], layer: nn.Module, scheme: Scheme) -> nn.Parameter:
-    """The parameter that these tensors of a file were. Raises KeyError or ValueError where some are missing."""
-    bnb = _bitsandbytes()
-    weight = tensors.pop("weight")
-    if scheme == "int8":
-        whole: nn.Parameter = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False, SCB=tensors["SCB"]).to("cpu")
-    else:
-        whole = bnb.nn.Params4bit.from_prequantized(weight, tensors, device="cpu", module=layer)
-    return whole
-
-
-def _take(tensors: dict[str, Tensor], layer: str, scheme: Scheme) -> dict[str, Tensor]:
+def _take(tensors: dict[str, Tensor], layer: str, packing: packed.Packing) -> dict[str, Tensor]:
     """Remove from `tensors` those that a layer's weight is packed in; their names without the layer's."""
-    first, *more = (layer + suffix for suffix in PACKED[scheme])
+    first, *more = (layer + suffix for suffix in PACKED[packing])
     names = [name for name in tensors if name == first or name.startswith(tuple(more))]
     return {name.removeprefix(f"{layer}."): tensors.pop(name) for name in names}
 
 
 def _ready(model: nn.Module, scheme: Scheme) -> nn.Module:
-    """In evaluation mode (in training mode int8 does not round activations), and marked as transformers does, which peft asks for."""
-    setattr(model, "is_loaded_in_8bit" if scheme == "int8" else "is_loaded_in_4bit", True)
+    """In evaluation mode (in training mode LLM.int8() does not round activations), and marked as transformers does, which peft asks for."""
+    mark = "is_rounded_to_bf16" if scheme == "bf16" else packed.MARKS.get(scheme)
+    if mark:
+        setattr(model, mark, True)
     return model.eval()
 
 
-def _config_section(model: nn.Module) -> dict[str, Any]:
-    """`quantization_config` of config.json."""
-    eight_bits = bool(getattr(model, "is_loaded_in_8bit", False))
-    general: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_8bit": eight_bits, "load_in_4bit": not eight_bits}
-    general["llm_int8_skip_modules"] = ["lm_head"]
-    if eight_bits:
-        return general | {"llm_int8_threshold": OUTLIER, "llm_int8_has_fp16_weight": False}
-    four_bits = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": "float32", "quant_storage": "uint8"}
-    return general | {f"bnb_4bit_{key}": value for key, value in four_bits.items()}
+def _is_bf16(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_rounded_to_bf16", False))
 
 
-def _scheme_of(section: Mapping[str, Any], place: Path) -> Scheme:
+def _packing(scheme: Scheme) -> packed.Packing:
+    """How the file holds the weights."""
+    return "nf4" if scheme == "nf4" else "int8"
+
+
+def _scheme_in(config: Mapping[str, Any], place: Path) -> Scheme:
+    """The scheme of a quantized bundle by its config.json. Raises ValueError naming what it found where nothing here can run it."""
+    section = config[SECTION]
     if section.get("quant_method") == "bitsandbytes":
         if section.get("load_in_8bit"):
-            return "int8"
+            kernel = config.get(KERNEL, "int8")
+            if kernel != "int8" and kernel not in KERNELS:
+                raise ValueError(f"{place}: {KERNEL} is {kernel!r}, and there is {', '.join(KERNELS)}; without the key, LLM.int8() runs")
+            scheme: Scheme = kernel
+            return scheme
         if section.get("bnb_4bit_quant_type") == "nf4":
             return "nf4"
     found = section.get("bnb_4bit_quant_type") or section.get("quant_method")
     raise ValueError(f"{place}: quantized with {found!r}, and only bitsandbytes' int8 and nf4 are read; quantize the plain model anew")
 
 
-def _bitsandbytes() -> Any:
-    """Imported late, because it takes seconds and only quantized models need it. Raises ValueError naming the extra that is missing."""
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise ValueError("quantized models need bitsandbytes; pip install 'llm-from-scratch[quantize]'") from None
-    # It warns at every int8 product that float32 becomes float16 on the way to int8: once a layer and token, and nothing can be done.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return bitsandbytes
+def _require_known(scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"quantize: no scheme {scheme!r}; there is {', '.join(SCHEMES)}")

@@ -136,7 +136,12 @@ class Gpt(Rung):
         return x
 
     def unembed(self, x: Tensor) -> Tensor:
-        return F.linear(self.transformer.ln_f(x), self.transformer.wte.weight)
+        return F.linear(self.normed(x), self.transformer.wte.weight)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head reads, (B, T, C): another head can stand in its place."""
+        normed: Tensor = self.transformer.ln_f(x)
+        return normed
 
     @torch.no_grad()
     def attention_maps(self, ids: Tensor) -> Tensor:

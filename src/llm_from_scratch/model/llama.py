@@ -156,8 +156,13 @@ class Llama(Rung):
         return x
 
     def unembed(self, x: Tensor) -> Tensor:
-        x = self.model.norm(x)
+        x = self.normed(x)
         return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head reads, (B, T, C): another head can stand in its place."""
+        normed: Tensor = self.model.norm(x)
+        return normed
 
     @torch.no_grad()
     def attention_maps(self, ids: Tensor) -> Tensor:

@@ -75,17 +75,88 @@ def encodings(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "enco
     return _save(figure, folder / f"{name}.png")
 
 
-def quantization(folder: Path, entries: Mapping[str, Mapping[str, float]]) -> Path:
-    """Size against loss: where each quantized bundle and its original stand."""
-    figure, axes = _axes(7, 4.2)
-    for name, row in entries.items():
-        axes.plot([row["size_mb_fp32"], row["size_mb"]], [row["val_bpb_fp32"], row["val_bpb"]], color=QUIET, linewidth=1)
-        axes.scatter([row["size_mb_fp32"]], [row["val_bpb_fp32"]], color=QUIET, s=30)
-        axes.scatter([row["size_mb"]], [row["val_bpb"]], color=ACCENT, s=50)
-        axes.annotate(name, (row["size_mb"], row["val_bpb"]), textcoords="offset points", xytext=(6, 6), fontsize=9)
-    axes.set_xlabel("size on disk, MB (grey: before)")
-    axes.set_ylabel("held-out bits per byte")
+def quantization(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Size and time against loss, a row of two panels for each original: the line joins what nothing else beats in both (Pareto).
+
+    The originals' own size, time and loss stand in their quantizations' rows, under names that end in _fp32.
+    """
+    originals = list(dict.fromkeys(row["model"] for row in entries.values()))
+    figure, grid = _panels(len(originals), 2)
+    for line, original in zip(grid, originals, strict=True):
+        rows = {name: row for name, row in entries.items() if row["model"] == original}
+        for axes, (key, label) in zip(line, (("size_mb", "size on disk, MB"), ("p50_ms", "ms a token, one request")), strict=True):
+            points = {name: (row[key], row["val_bpb"]) for name, row in rows.items()}
+            before = np.median([(row[f"{key}_fp32"], row["val_bpb_fp32"]) for row in rows.values()], axis=0)
+            _pareto(axes, points | {f"{original} (fp32)": (float(before[0]), float(before[1]))})
+            axes.set_xlabel(f"{label} (lower is better)")
+        line[0].set_ylabel("held-out bits per byte")
     return _save(figure, folder / "quantization.png")
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that no other beats or equals in both numbers, lower being better, by the first number."""
+    best: list[str] = []
+    for name in sorted(points, key=lambda name: points[name]):
+        if not best or points[name][1] < points[best[-1]][1]:
+            best.append(name)
+    return best
+
+
+def alignment(folder: Path, curves: Mapping[str, Curve]) -> Path:
+    """While each policy trained: what the reward model says of its answers, what the gold judge says, and how far it went."""
+    figure, grid = _panels(1, 3)
+    for axes, (key, label) in zip(
+        grid[0], (("learned", "learned reward"), ("gold", "gold reward"), ("kl", "KL from the start, nats an answer")), strict=True
+    ):
+        for method, curve in curves.items():
+            points = [(row["step"], row[key]) for row in curve if _known(row.get(key))]
+            axes.plot(*zip(*points, strict=True), label=method, linewidth=1.6) if points else None
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+    grid[0][0].legend(frameon=False)
+    return _save(figure, folder / "alignment.png")
+
+
+def frontier(folder: Path, paths: Mapping[str, Sequence[tuple[float, float]]], best_of: Sequence[Mapping[str, float]]) -> Path:
+    """Gold reward against distance: `paths` of (KL, gold) from the start to where each policy ended; and best-of-n, which trains nothing.
+
+    A path that bends down has begun to please the reward model and no longer the judge.
+    """
+    figure, axes = _axes(8, 4.5)
+    for method, path in paths.items():
+        distances, gold = zip(*path, strict=True)
+        axes.plot(np.sqrt(np.clip(distances, 0, None)), gold, marker="o", markersize=4, linewidth=1.4, label=method)
+    if best_of:
+        axes.plot(
+            [row["kl"] ** 0.5 for row in best_of],
+            [row["gold"] for row in best_of],
+            color=QUIET,
+            linestyle="--",
+            marker="s",
+            label="best of n",
+        )
+        for row in best_of[1:]:
+            axes.annotate(
+                f"{row['n']}", (row["kl"] ** 0.5, row["gold"]), textcoords="offset points", xytext=(4, -10), fontsize=8, color=INK
+            )
+    axes.set_xlabel("square root of the KL from the start, nats an answer")
+    axes.set_ylabel("gold reward, held-out prompts")
+    axes.legend(frameon=False)
+    return _save(figure, folder / "frontier.png")
+
+
+def calibration(folder: Path, rows: Sequence[Mapping[str, float]]) -> Path:
+    """How sure the reward model was of held-out pairs, and how often it was right; on the dashed line it knows what it knows."""
+    figure, axes = _axes(5, 4)
+    axes.plot([0.5, 1], [0.5, 1], color=QUIET, linestyle="--", linewidth=1)
+    axes.plot([row["said"] for row in rows], [row["right"] for row in rows], color=ACCENT, marker="o")
+    for row in rows:
+        axes.annotate(
+            f"{row['pairs']:.0f}", (row["said"], row["right"]), textcoords="offset points", xytext=(5, -10), fontsize=8, color=INK
+        )
+    axes.set_xlabel("probability that it gave to the answer it preferred")
+    axes.set_ylabel("share of pairs where the judge agreed")
+    return _save(figure, folder / "calibration.png")
 
 
 def question_answering(folder: Path, conditions: Mapping[str, Mapping[str, Any]], chance: float) -> Path:
@@ -110,6 +181,24 @@ def token_lengths(folder: Path, bytes_per_token: Mapping[str, float]) -> Path:
     return _save(figure, folder / "token_lengths.png")
 
 
+def _pareto(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Labelled points and their frontier, on a scale of at least half a percent of the loss. Labels at one place are stacked."""
+    best = pareto(points)
+    axes.step(*zip(*(points[name] for name in best), strict=True), where="post", color=QUIET, linewidth=1, linestyle="--")
+    across = 1.5 * max(x for x, _ in points.values())
+    low, high = (extreme(y for _, y in points.values()) for extreme in (min, max))
+    span = max(high - low, 0.005 * high)
+    placed: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        axes.scatter([x], [y], color=ACCENT if name in best else QUIET, s=40, zorder=2)
+        height = 120 * (y - low) / span  # in points of print, as the labels' own height is
+        label = max([height, *(other + 10 for place, other in placed if abs(x - place) < 0.25 * across)])
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 2 + label - height), fontsize=8, color=INK)
+        placed.append((x, label))
+    axes.set_xlim(0, across)
+    axes.set_ylim(low - 0.2 * span, low + 1.5 * span)
+
+
 def _known(value: float | None) -> bool:
     return value is not None and not np.isnan(value)
 
@@ -122,6 +211,16 @@ def _axes(width: float, height: float) -> Any:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def _panels(rows: int, columns: int) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
 
 
 def _grid(panels: int, size: int) -> Any:

@@ -29,7 +29,7 @@ from llm_from_scratch.training.plan import Parallelism
 from llm_from_scratch.training.resume import Saved
 from llm_from_scratch.training.sharded import is_shared, whole
 
-Part = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
+Part = tuple[Tensor, ...]  # inputs and targets, each (B, T) int64, and what else the loss reads
 
 PATIENCE = timedelta(hours=1)  # how long one process waits for the others before it takes them for dead
 
@@ -121,14 +121,14 @@ class Replicated(Parallel):
     def share(self, part: Part) -> tuple[Part, float]:
         """Rows in order, as equal in number as they go. Who has nothing to score lends a hand with a row that does not count:
         its share is 0, but a process that stays away from a backward pass leaves the others waiting."""
-        inputs, targets = part
+        targets = part[1]
         scored = (targets != UNSCORED).sum(1)
         start, end = (len(targets) * rank // self.world for rank in (self.rank, self.rank + 1))
         own = int(scored[start:end].sum())
         if not own:
             start = int(scored.argmax())
             end = start + 1
-        return (inputs[start:end], targets[start:end]), own / max(1, int(scored.sum()))
+        return tuple(tensor[start:end] for tensor in part), own / max(1, int(scored.sum()))
 
     def total(self, value: float) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)

@@ -36,9 +36,9 @@ from llm_from_scratch.training.resume import BAD_BATCH, Journal, Saved, capture,
 from llm_from_scratch.training.schedule import share
 from llm_from_scratch.training.sharded import whole
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64; a target of -100 is not scored
+Batch = tuple[Tensor, ...]  # inputs and targets, each (B, T) int64, a target of -100 not scored; what else the loss reads, B rows of it
 Batches = Callable[[int], Batch]  # the batch of a step
-Loss = Callable[[nn.Module, Batch], Tensor]  # a mean over the scored targets, so that the losses of parts add up by their shares
+Loss = Callable[[nn.Module, Batch], Tensor]  # a mean over the scored targets, so that parts add up; one without gradient moves nothing
 Log = Callable[[int, Mapping[str, float]], None]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -123,10 +123,10 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten(), ignore_index=memory.UNSCORED)
 
 
-def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
-    """The curve as CSV, a row a log point, empty where nothing was measured."""
+def write_curve(path: Path, curve: Sequence[Mapping[str, float]], more: Sequence[str] = ()) -> None:
+    """The curve as CSV, a row a log point, empty where nothing was measured; `more` names columns beside those that every run has."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, CURVE, extrasaction="ignore", lineterminator="\n")
+        table = csv.DictWriter(file, [*CURVE, *more], extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(curve)
 
@@ -223,13 +223,13 @@ class _Run:
     def backward(self, part: Batch, weight: float) -> float:
         """Add the gradients of `weight` · the loss of `part`; that much loss. The mean of all processes' gradients is the part's."""
         rows, own = self.parallel.share(part)
-        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in rows)
         with self.numbers.autocast():
-            loss = self.loss(self.learner, (inputs, targets))
+            loss = self.loss(self.learner, tuple(tensor.to(self.device, non_blocking=True) for tensor in rows))
         value = self.parallel.total(loss.item() * own)
         self.require_finite("loss", value, part)
         factor = weight * own * self.parallel.world
-        self.numbers.scaler.scale(loss if factor == 1 else loss * factor).backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:
+            self.numbers.scaler.scale(loss if factor == 1 else loss * factor).backward()  # type: ignore[no-untyped-call]
         return value * weight
 
     def back_off(self, batch: int, complaint: str) -> None:
@@ -267,7 +267,7 @@ class _Run:
         kept = ""
         if self.journal is not None:
             if self.parallel.first:
-                self.journal.keep_batch(*batch)
+                self.journal.keep_batch(*batch[:2])
                 self.journal.settle()
             self.parallel.wait()  # for what is written: the first process to end will end them all
             kept = f"; the state before it is in {self.journal.folder}, the rows are in {BAD_BATCH} there"

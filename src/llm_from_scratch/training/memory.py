@@ -15,17 +15,17 @@ UNSCORED = -100  # what torch's cross-entropy ignores
 COMPLAINTS = ("out of memory", "can't allocate memory", "alloc_failed")  # CUDA's and MPS's, the CPU allocator's, cuBLAS's
 
 
-def parts(batch: tuple[Tensor, Tensor], rows: int) -> list[tuple[tuple[Tensor, Tensor], float]]:
-    """(inputs, targets), each (B, T), in slices of at most `rows` rows, 0 for all; beside each, its share of the scored targets.
+def parts(batch: tuple[Tensor, ...], rows: int) -> list[tuple[tuple[Tensor, ...], float]]:
+    """(inputs, targets, …), each of B rows, in slices of at most `rows` rows, 0 for all; beside each, its share of the scored targets.
 
     A slice in which nothing is scored has no mean, and is left out.
     """
-    inputs, targets = batch
-    if not 0 < rows < len(targets):
+    count = len(batch[0])
+    if not 0 < rows < count:
         return [(batch, 1.0)]
-    slices = [(inputs[start : start + rows], targets[start : start + rows]) for start in range(0, len(targets), rows)]
-    scored = [int((wanted != UNSCORED).sum()) for _, wanted in slices]
-    return [(part, count / sum(scored)) for part, count in zip(slices, scored, strict=True) if count] or [(batch, 1.0)]
+    slices = [tuple(tensor[start : start + rows] for tensor in batch) for start in range(0, count, rows)]
+    scored = [int((part[1] != UNSCORED).sum()) for part in slices]
+    return [(part, own / sum(scored)) for part, own in zip(slices, scored, strict=True) if own] or [(batch, 1.0)]
 
 
 def ran_out(error: Exception) -> bool:

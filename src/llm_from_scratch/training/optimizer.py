@@ -1,4 +1,4 @@
-"""How weights move: AdamW for all of them, or Muon for the hidden matrices with AdamW beside it; driven as one.
+"""How weights move: AdamW for all of them, its moments in 32 or 8 bits, or Muon for the hidden matrices with AdamW beside; driven as one.
 
 AdamW scales each weight's step by itself. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) treats a matrix as a whole and
 replaces its gradient by the nearest matrix with all singular values near 1, so that rare directions learn as fast as common ones.
@@ -25,6 +25,7 @@ MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients, steep at zero: in five rounds they bring 0.01 up to about 1
 ROUNDS = 5
 HEADS = ("head", "lm_head", "score")
+TOKENS = "token_adapter"  # what peft calls the rows of an embedding that an adapter learns
 
 
 def build(model: nn.Module, plan: Plan) -> Optimizer:
@@ -34,11 +35,11 @@ def build(model: nn.Module, plan: Plan) -> Optimizer:
         raise ValueError("no parameter of the model requires a gradient; nothing can be trained")
     slow = {"params": rest, "lr": plan.embedding_learning_rate, "weight_decay": 0.0}
     fast = {"params": matrices, "lr": plan.learning_rate, "weight_decay": plan.weight_decay}
-    if plan.optimizer == "adamw":
-        return Optimizer(_adamw([fast, slow]))
+    if plan.optimizer != "muon":
+        return Optimizer(_adamw([fast, slow], plan.optimizer))
     if not matrices:
         raise ValueError(f"muon moves hidden matrices, and {type(model).__name__} has none that learn; set optimizer to adamw")
-    return Optimizer([Muon(matrices, plan.learning_rate, plan.weight_decay), *_adamw([slow])])
+    return Optimizer([Muon(matrices, plan.learning_rate, plan.weight_decay), *_adamw([slow], "adamw")])
 
 
 def split(model: nn.Module) -> tuple[list[Parameter], list[Parameter]]:
@@ -79,22 +80,23 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Every moment and momentum by "part.parameter.name". The rates are not in it: they follow from the plan and the step."""
         return {
-            f"{place}.{index}.{name}": tensor
+            f"{place}.{index}.{name}": torch.as_tensor(value)
             for place, part in enumerate(self.parts)
-            for index, state in part.state_dict()["state"].items()
-            for name, tensor in state.items()
+            for index, weight in enumerate(_weights(part))
+            for name, value in part.state.get(weight, {}).items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         for place, part in enumerate(self.parts):
-            weights = [weight for group in part.param_groups for weight in group["params"]]
-            state: dict[int, dict[str, Tensor]] = {}
+            weights = _weights(part)
+            state: dict[int, dict[str, Any]] = {}
             for key, tensor in tensors.items():
                 owner, index, name = key.split(".")
                 if int(owner) == place:
                     weight = weights[int(index)]
-                    moment = tensor.shape == weight.shape  # and not a count of steps
-                    state.setdefault(int(index), {})[name] = shared_like(tensor, weight) if moment else tensor
+                    moment = tensor.shape == weight.shape  # and not a count of steps, which bitsandbytes wants as a number
+                    count = tensor.ndim == 0 and tensor.dtype == torch.int64
+                    state.setdefault(int(index), {})[name] = shared_like(tensor, weight) if moment else tensor.item() if count else tensor
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
@@ -148,14 +150,38 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _adamw(groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+def _weights(part: torch.optim.Optimizer) -> list[Parameter]:
+    """What a part moves, in the order that torch numbers it."""
+    return [weight for group in part.param_groups for weight in group["params"]]
+
+
+def _adamw(groups: list[dict[str, Any]], kind: str) -> list[torch.optim.Optimizer]:
     """One AdamW over the groups that hold anything. The fused one takes less than half the time of the others, on CPU too."""
     filled = [group for group in groups if group["params"]]
-    return [torch.optim.AdamW(filled, betas=BETAS, fused=True)] if filled else []
+    if not filled:
+        return []
+    return [torch.optim.AdamW(filled, betas=BETAS, fused=True) if kind == "adamw" else _in_8_bits(filled, kind)]
+
+
+def _in_8_bits(groups: list[dict[str, Any]], kind: str) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW (Dettmers et al. 2022, arXiv:2110.02861): moments in 8 bits, but for tensors of fewer than 4,096 numbers.
+
+    The paged one may keep them in the machine's memory while the card's is full. Raises ValueError for it on a CPU, which has nothing to
+    page to, and where bitsandbytes is missing.
+    """
+    if kind == "paged_adamw_8bit" and not groups[0]["params"][0].is_cuda:
+        raise ValueError(f"optimizer {kind} moves moments from a card's memory to the machine's, and this is a CPU; set it to adamw_8bit")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(f"optimizer {kind} is bitsandbytes'; pip install 'llm-from-scratch[quantize]', or set it to adamw") from None
+    made = bitsandbytes.optim.PagedAdamW8bit if kind == "paged_adamw_8bit" else bitsandbytes.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = made(groups, betas=BETAS)
+    return optimizer
 
 
 def _ends(model: nn.Module) -> Iterable[Parameter]:
-    """The weights that meet tokens rather than hidden states: embeddings, and heads, by our name and those of Hugging Face."""
+    """The weights that meet tokens rather than hidden states: embeddings, and heads, by our name and those of Hugging Face and peft."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in HEADS:
+        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in (*HEADS, TOKENS):
             yield from module.parameters()

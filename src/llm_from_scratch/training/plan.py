@@ -31,7 +31,7 @@ class Plan(Section):
     batch: Positive
     micro_batch: Annotated[int, Field(ge=0)]
     steps: Positive
-    optimizer: Literal["adamw", "muon"]
+    optimizer: Literal["adamw", "muon", "adamw_8bit", "paged_adamw_8bit"]
     learning_rate: Rate
     embedding_learning_rate: Rate
     weight_decay: Share
