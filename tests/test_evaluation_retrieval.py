@@ -26,6 +26,7 @@ from llm_from_scratch.evaluation.retrieval import (
     replies,
     retrieval_quality,
 )
+from llm_from_scratch.evaluation.selection import ServeRule, ServeWeights
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.model.bigram import BigramParams
@@ -61,6 +62,7 @@ PARAMS = EvaluateParams(
     kl_tokens=1,
     heatmap_text="x",
     mixture=MixtureParams(order=3, slice_tokens=100),
+    serve_rule=ServeRule(maximum_loss_increase=0.01, weights=ServeWeights(megabytes=1.0, milliseconds=1.0)),
     promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", alignment_metric="gold_cost", minimum_gain=0.0),
 )
 
