@@ -48,8 +48,8 @@ def test_entries_that_are_not_there_or_take_other_steps_are_named_in_one_line(tm
     assert missing.stderr.strip().splitlines() == ["benchmarks.adapters: no finetune.lora_r2 in params.yaml; there is sft"]
 
     shipped = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    before, after = shipped.split("\n  lora_r2:\n")
-    told.write_text(before + "\n  lora_r2:\n" + after.replace("batch: 16", "batch: 8", 1), encoding="utf-8")
+    before, after = shipped.split("\n  lora:\n")
+    told.write_text(before + "\n  lora:\n" + after.replace("batch: 16", "batch: 8", 1), encoding="utf-8")
     unequal = started("--params", str(told))
     assert unequal.returncode == 1
     assert unequal.stderr.strip().splitlines()[-1] == "benchmarks.adapters: finetune.lora_r2.batch is not that of sft; make them equal"
