@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -25,14 +26,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.project / "artifacts" / "models" / "base").exists():
         raise SystemExit(f"no artifacts/models/base in {arguments.project.resolve().name}; run make repro there first")
-    found = [measured(arguments.project, seed, arguments.policies, arguments.quick) for seed in arguments.seeds]
+    found: list[dict[str, dict[str, Any]]] = []
+    for seed in arguments.seeds:
+        found.append(measured(arguments.project, seed, arguments.policies, arguments.quick))
+        write(arguments, found)
+
+
+def write(arguments: argparse.Namespace, found: list[dict[str, dict[str, Any]]]) -> None:
+    """The table of the seeds so far, so that a run that is stopped leaves what it has."""
     table.write(
         arguments.out,
         "alignment",
         "Policies after alignment, by the gold judge, on held-out prompts",
         [row_of(policy, [one[policy] for one in found]) for policy in arguments.policies],
         {
-            "seeds": arguments.seeds,
+            "seeds": arguments.seeds[: len(found)],
             "prompts": found[0]["reward"]["prompts"],
             "reward accuracy on held-out pairs": spelled([one["reward"]["accuracy"] for one in found]),
             "gold reward of the best of 16": spelled([one["reward"]["best_of"][-1]["gold"] for one in found]),
