@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from benchmarks import table
 from benchmarks.table import middle
-from llm_from_scratch import config
 from llm_from_scratch.config import Params
+from llm_from_scratch.data.corpora import Source
+from llm_from_scratch.finetune import FinetuneParams
 from stages import finetune
 from stages.__main__ import read_yaml
 
@@ -73,12 +76,13 @@ def measured(project: Path, seed: int, policies: list[str], quick: bool) -> dict
 
 
 def with_seed(project: Path, seed: int, quick: bool) -> Params:
-    """The project's params with another seed for everything that aligns."""
+    """What the stage reads of a project's params, with another seed for all that aligns; what else is there may be of another age."""
     tree: Any = read_yaml(project / "params.yaml")
     small = read_yaml(Path(__file__).parent.parent / "profiles" / "smoke.yaml")["finetune"] if quick else {}
-    for name in ("reward", *POLICIES):
-        tree["finetune"][name] |= {**small.get(name, {}), "seed": seed}
-    return config.parse(tree, "params.yaml")
+    told = {name: tree["finetune"][name] | small.get(name, {}) | {"seed": seed} for name in ("reward", *POLICIES)}
+    entries = {name: TypeAdapter(FinetuneParams).validate_python(section) for name, section in told.items()}
+    sources = {entry.records: TypeAdapter(Source).validate_python(tree["sources"][entry.records]) for entry in entries.values()}
+    return Params.model_construct(sources=sources, finetune=entries)
 
 
 def row_of(policy: str, found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llm_from_scratch.data.chat import gather_records, write_records
 from llm_from_scratch.data.corpora import DownloadParams, FolderSource, PinnedSource, RecordsSource, Source, StreamSource
 from llm_from_scratch.data.documents import DOCUMENTS, read_documents, write_documents
 from llm_from_scratch.data.fetch import Get, Patience, Response, Route
+from llm_from_scratch.data.preferences import gather_preferences, holds_preferences, write_preferences
 from llm_from_scratch.data.registry import pip_registry
 from llm_from_scratch.data.streams import Survey
 
@@ -82,10 +83,15 @@ def _taken(name: str, source: FolderSource, settings: DownloadParams, place: Pat
 
 
 def _told(name: str, source: RecordsSource, settings: DownloadParams, place: Path, folder: Path, logs: Path) -> dict[str, Any]:
-    """Conversations that are here already, in one file and one shape. A bad line of any of them stops it."""
-    sha256, found = _digest(source, place), gather_records(place)
-    write_records(folder / RECORDS, found)
-    counted = Survey(len(found), (folder / RECORDS).stat().st_size, 0, [])
+    """Conversations or preferences that are here already, in one file and one shape. A bad line of any of them stops it."""
+    sha256 = _digest(source, place)
+    if holds_preferences(place):
+        write_preferences(folder / RECORDS, preferences := gather_preferences(place))
+        count = len(preferences)
+    else:
+        write_records(folder / RECORDS, chats := gather_records(place))
+        count = len(chats)
+    counted = Survey(count, (folder / RECORDS).stat().st_size, 0, [])
     _check(name, source, settings, counted, logs, without_text=True)
     return _facts(source, [sha256], counted)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -20,18 +21,18 @@ from llm_from_scratch.data.chat import RecordError
 from llm_from_scratch.data.preferences import Preference, read_preferences, write_preferences
 from llm_from_scratch.evaluation import alignment
 from llm_from_scratch.evaluation.alignment import Exam, best_of, distinct, divergences, learned_rewards
-from llm_from_scratch.evaluation.courses import split_preferences
+from llm_from_scratch.evaluation.splits import split_preferences
 from llm_from_scratch.finetune import FinetuneParams, dpo, grpo, policy, ppo, reward, rollouts
 from llm_from_scratch.finetune.judge import JudgeParams, judge
 from llm_from_scratch.finetune.pairs import PairLesson, answers, encode_pairs, judged, openings, stack
-from llm_from_scratch.finetune.rollouts import Course, Rollout, roll_out
-from llm_from_scratch.finetune.sft import UNSCORED
+from llm_from_scratch.finetune.rollouts import PromptLesson, Rollout, roll_out
 from llm_from_scratch.inference.batched import by_length, draw
 from llm_from_scratch.inference.sampling import Sampling, generate
 from llm_from_scratch.model.llama import Llama
 from llm_from_scratch.model.registry import load_model
 from llm_from_scratch.tokenizer import BpeTokenizer, load
 from llm_from_scratch.training.loop import fit
+from llm_from_scratch.training.memory import UNSCORED
 from llm_from_scratch.training.resume import Journal
 from tests.test_finetune import PLAN
 from tests.tiny import SENTENCES, tiny_model
@@ -99,8 +100,10 @@ def scorer(base: Llama) -> reward.RewardModel:
     return made.requires_grad_(False).eval()
 
 
-def course(base: Llama, words: BpeTokenizer) -> Course:
-    return Course(prompts(words), text_ids(words), scorer(base), frozenset(words.special.values()), words.eot, words.special["<|end|>"])
+def lesson_of(base: Llama, words: BpeTokenizer) -> PromptLesson:
+    return PromptLesson(
+        prompts(words), text_ids(words), scorer(base), frozenset(words.special.values()), words.eot, words.special["<|end|>"]
+    )
 
 
 def exam(base: Llama, words: BpeTokenizer, **changes: Any) -> Exam:
@@ -454,7 +457,7 @@ def test_a_value_that_moved_too_far_is_held_to_its_old_place() -> None:
 def test_at_the_first_update_the_policy_is_the_one_that_wrote(base: Llama, words: BpeTokenizer) -> None:
     """So every ratio is 1, and the surrogate is minus the mean of the whitened advantages: 0."""
     told = parse(PPO)
-    run = ppo.Ppo(base, course(base, words), told)
+    run = ppo.Ppo(base, lesson_of(base, words), told)
     ids, targets, written, values, _, returns, *_ = run.batches(0)
     logits, _ = run.model(ids)
     torch.testing.assert_close(policy.log_probs(logits, targets), written, atol=1e-4, rtol=1e-4)
@@ -467,7 +470,7 @@ def test_at_the_first_update_the_policy_is_the_one_that_wrote(base: Llama, words
 
 def test_a_rollout_is_scored_as_the_reward_model_and_the_reference_score_its_text(base: Llama, words: BpeTokenizer) -> None:
     asked = torch.tensor(prompts(words, 4))
-    made = course(base, words)
+    made = lesson_of(base, words)
     found = roll_out(base, base, made, asked, 6, seed=1)
     assert found.kl == pytest.approx(0, abs=1e-5)
     said = [row[scored].tolist() for row, scored in zip(found.targets, found.scored, strict=True)]
@@ -481,7 +484,7 @@ def test_a_rollout_is_scored_as_the_reward_model_and_the_reference_score_its_tex
 
 def test_text_beside_the_rows_counts_by_its_weight(base: Llama, words: BpeTokenizer) -> None:
     """What a step loses is what it loses without, and the nats a token of the windows, so many times."""
-    made = course(base, words)
+    made = lesson_of(base, words)
     for method, section in ((ppo.Ppo, PPO), (grpo.Grpo, GRPO)):
         losses = []
         for weight in (0.0, 0.5):
@@ -516,7 +519,7 @@ def test_the_estimated_distance_is_zero_at_home_never_negative_and_right_on_aver
 def test_what_the_reward_model_likes_is_written_more_often(section: dict[str, Any], base: Llama, words: BpeTokenizer) -> None:
     """In answers of two tokens, so that it takes few of them to find out which token was the good one."""
     changes = {"steps": 96, "rollout": 64, "batch": 32, "answer_tokens": 2, "text_weight": 0.0, "beta": 0.01}
-    told, made, start = parse({**section, **changes}), course(base, words), copy.deepcopy(base)
+    told, made, start = parse({**section, **changes}), lesson_of(base, words), copy.deepcopy(base)
     asked = exam(start, words, reward=made.reward, prompts=prompts(words, 64), new=2)
     before = alignment.glance(base, asked)
     job = (ppo if told.method == "ppo" else grpo).job(base, made, told)
@@ -543,7 +546,7 @@ def test_a_run_that_was_killed_ends_in_the_bits_of_one_that_was_not(
         assert isinstance(base, Llama)
         lesson: Any = PairLesson(preferences, pairs, text_ids(words), words.eot, words.special["<|end|>"])
         if told.method in ("ppo", "grpo"):
-            lesson = course(base, words)
+            lesson = lesson_of(base, words)
         return {"reward": reward, "dpo": dpo, "ppo": ppo, "grpo": grpo}[told.method].job(base, lesson, told)
 
     whole = started()
@@ -578,7 +581,7 @@ def test_a_policy_is_saved_as_a_model_that_transformers_opens(
     told = parse(section)
     preferences = [Preference("The cat", " is small", " barks")]
     lesson: Any = PairLesson(preferences, encode_pairs(preferences, words, 64)[0], text_ids(words), words.eot, words.special["<|end|>"])
-    job = {"dpo": dpo, "ppo": ppo, "grpo": grpo}[told.method].job(base, lesson if told.method == "dpo" else course(base, words), told)
+    job = {"dpo": dpo, "ppo": ppo, "grpo": grpo}[told.method].job(base, lesson if told.method == "dpo" else lesson_of(base, words), told)
     fit(job.model, job.batches, job.loss, told)
     job.save(tmp_path, "artifacts/models/base")
     ids = torch.randint(0, base.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -618,6 +621,17 @@ def test_best_of_one_is_the_start_and_more_to_choose_from_is_never_liked_less(ba
     learned = [row["learned"] for row in rows]
     assert learned == sorted(learned)
     assert learned[-1] > learned[0]
+
+
+def test_the_best_of_n_is_a_mean_over_every_choice_of_n_answers() -> None:
+    """Against all of them, one by one; the judge is of another opinion than the reward model."""
+    draw = np.random.default_rng(0)
+    learned, gold = draw.normal(size=(3, 8)), draw.normal(size=(3, 8))
+    for row in alignment.best_curve(learned, gold):
+        choices = [list(choice) for choice in itertools.combinations(range(8), int(row["n"]))]
+        best = [(prompt, choice[int(learned[prompt, choice].argmax())]) for prompt in range(3) for choice in choices]
+        assert row["learned"] == pytest.approx(np.mean([learned[place] for place in best]))
+        assert row["gold"] == pytest.approx(np.mean([gold[place] for place in best]))
 
 
 def test_distinct_bigrams_fall_when_all_answers_are_one() -> None:

@@ -27,7 +27,8 @@ from llm_from_scratch.data.chat import (
 from llm_from_scratch.data.corpora import DownloadParams, Source
 from llm_from_scratch.data.documents import Document
 from llm_from_scratch.data.questions import questions
-from stages import download, finetune
+from llm_from_scratch.evaluation.splits import conversations
+from stages import download
 from stages.__main__ import read_yaml
 
 HAT = Document("hat", "Hat", "A hat is a head covering. It is worn in the sun.", "train", "Shaped head covering", "Everyday life")
@@ -249,7 +250,7 @@ def test_a_file_of_chat_records_is_a_source_and_one_bad_line_leaves_no_corpus(tm
     download.run(params, "mine", tmp_path)
     corpus = tmp_path / "artifacts/raw/mine"
     assert bundle.verify(corpus, "corpus").facts["documents"] == 3
-    learnable, tested, asked = finetune.conversations(corpus, 0.5, seed=1)
+    learnable, tested, asked = conversations(corpus, 0.5, seed=1)
     assert sorted(record["messages"][-1]["content"] for record in [*learnable, *tested]) == ["4", "4", "5"]
     assert len(asked) == len(tested) > 0
 

@@ -19,9 +19,10 @@ from llm_from_scratch.data.corpora import Source
 from llm_from_scratch.data.documents import Document, with_splits, write_documents
 from llm_from_scratch.data.questions import questions
 from llm_from_scratch.evaluation.generation import Task, answers, exact_match, examine, fitting, task_of, task_of_record, token_f1
+from llm_from_scratch.evaluation.splits import conversations
 from llm_from_scratch.finetune import METHODS, FinetuneParams, lora, qlora, sft
 from llm_from_scratch.finetune.lora import LoraParams
-from llm_from_scratch.finetune.sft import UNSCORED, Examples, answer_loss, chat_batches, encode_records
+from llm_from_scratch.finetune.sft import Examples, answer_loss, chat_batches, encode_records
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.quantize import dequantized, load_bundle, quantize, quantized_layers, save_quantized, scheme_of
 from llm_from_scratch.model.gpt import GptParams
@@ -29,6 +30,7 @@ from llm_from_scratch.model.llama import Llama, LlamaParams, LlamaShape
 from llm_from_scratch.model.registry import build, load_model, parameters, save_model
 from llm_from_scratch.tokenizer.bpe import BpeTokenizer, train_bpe
 from llm_from_scratch.training.loop import fit, next_token
+from llm_from_scratch.training.memory import UNSCORED
 from llm_from_scratch.training.optimizer import build as build_optimizer
 from llm_from_scratch.training.resume import Journal
 from stages import finetune as stage
@@ -100,7 +102,16 @@ def tiny_llama(words: BpeTokenizer, width: int, hidden: int) -> Llama:
     """A Llama whose blocks are not the identity, as they are when untrained."""
     torch.manual_seed(0)
     shape = LlamaParams(
-        architecture="llama", context=64, width=width, layers=2, heads=4, kv_heads=2, hidden=hidden, rope_theta=10000.0, qk_norm=False
+        architecture="llama",
+        context=64,
+        width=width,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        hidden=hidden,
+        rope_theta=10000.0,
+        qk_norm=False,
+        copying=0.0,
     )
     model = build(shape, words.vocab_size)
     for weight in model.parameters():
@@ -800,7 +811,7 @@ def test_the_same_fine_tuning_gives_the_same_bundle(project: Path):
 
 
 def test_nothing_that_is_held_out_or_asked_is_learned(project: Path):
-    learnable, held_out, tasks = stage.conversations(project / "artifacts/raw/wikipedia", share=0.3, seed=1)
+    learnable, held_out, tasks = conversations(project / "artifacts/raw/wikipedia", share=0.3, seed=1)
     titles = [document.title for document in with_splits(animals(), 0.3) if document.split == "validation"]
     assert 5 < len(titles) < 40
     assert len(held_out) == 3 * len(titles)

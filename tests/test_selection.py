@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from llm_from_scratch.evaluation.selection import ServeRule, ServeWeights, choose
-from llm_from_scratch.report import figures
+from llm_from_scratch.report import figures, pages
 
 
 def rule(maximum: float, megabytes: float = 1.0, milliseconds: float = 1.0) -> ServeRule:
@@ -91,6 +91,13 @@ def test_the_picture_has_a_row_of_panels_for_each_original(tmp_path: Path) -> No
     assert one.name == "quantization.png"
     assert one.read_bytes() == again.read_bytes()
     assert height(two) == 2 * height(one)
+
+
+def test_the_report_says_on_how_much_of_the_text_the_schemes_were_scored() -> None:
+    page = pages.environment().from_string('{% import "_tables.md.j2" as tables %}{{ tables.scored(params) }}')
+    entries = {"int8": {"evaluate_tokens": 20_000}, "nf4": {"evaluate_tokens": 20_000}}
+    said = page.render(params={"quantize": entries, "evaluate": {"kl_tokens": 4_000}})
+    assert said.startswith("Bits per byte are of the first 20,000 tokens of the held-out text, KL and first choices of the first 4,000;")
 
 
 def height(picture: Path) -> int:

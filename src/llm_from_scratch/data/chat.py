@@ -25,7 +25,7 @@ from llm_from_scratch.data.documents import Document, with_splits
 Role = Literal["system", "user", "assistant"]
 
 # Part of the prompt's form, so it is the same wherever passages are put before a question.
-PASSAGE_CHARACTERS = 400
+PASSAGE_CHARACTERS = 240
 
 WHAT = ("What is {}?", "In a few words, what is {}?", "Describe {} in a few words.", "Tell me briefly: what is {}?")
 WHO = ("Who is {}?", "In a few words, who is {}?", "Describe {} in a few words.", "Tell me briefly: who is {}?")
@@ -68,6 +68,11 @@ def question_messages(question: str, passages: Sequence[str]) -> list[Message]:
 def question_about(document: Document) -> str:
     """The plain question that the document's description answers."""
     return _questions(document)[0].format(document.title)
+
+
+def asked_about(document: Document, rng: random.Random) -> str:
+    """One of the questions that the document's description answers."""
+    return rng.choice(_questions(document)).format(document.title)
 
 
 def passage(text: str, characters: int = PASSAGE_CHARACTERS) -> str:
@@ -119,10 +124,15 @@ def gather_records(place: Path) -> list[ChatRecord]:
 
     Raises RecordError as `read_records` does, and for a place with no such file.
     """
+    return [record for path in record_files(place) for record in read_records(path)]
+
+
+def record_files(place: Path) -> list[Path]:
+    """The .jsonl file at `place`, or all in that folder, in the order of their paths. Raises RecordError where there is none."""
     paths = [place] if place.is_file() else sorted(path for path in place.rglob("*.jsonl") if path.is_file())
     if not paths:
         raise RecordError(f"{place}: found no .jsonl file, wanted one of chat records or a folder of them; correct the path in params.yaml")
-    return [record for path in paths for record in read_records(path)]
+    return paths
 
 
 def split_records(chat_records: Sequence[ChatRecord], share: float) -> tuple[list[ChatRecord], list[ChatRecord]]:
@@ -154,7 +164,7 @@ def _record(entry: Document, kind: str, prompt: list[Message], answer: str) -> C
 
 
 def _describe(entry: Document, rng: random.Random) -> ChatRecord:
-    question = rng.choice(_questions(entry)).format(entry.title)
+    question = asked_about(entry, rng)
     return _record(entry, "describe", question_messages(question, []), entry.description)
 
 
@@ -172,7 +182,7 @@ def _read(entry: Document, entries: Sequence[Document], rng: random.Random, char
             other = rng.choice(entries)
         texts.insert(rng.randrange(2), other.text)
     passages = [passage(text, characters // len(texts)) for text in texts]
-    question = rng.choice(_questions(entry)).format(entry.title)
+    question = asked_about(entry, rng)
     return _record(entry, "read", question_messages(question, passages), entry.description)
 
 

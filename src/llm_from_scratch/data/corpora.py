@@ -135,7 +135,7 @@ class StreamSource(_Open):
 
 
 class FolderSource(_Open):
-    """A text file, or a folder of .txt, .md, .jsonl (also .gz and .zst) and .parquet files; `path` is relative to params.yaml.
+    """A text file, or a folder of .txt, .md, .pdf, .jsonl (also .gz and .zst) and .parquet files; `path` is relative to params.yaml.
 
     `sha256` is that of the tree (see `streams.tree_digest`). Empty, whatever is there is taken, and DVC cannot see it change.
     """
@@ -150,7 +150,7 @@ class FolderSource(_Open):
 
 
 class RecordsSource(_Described):
-    """A .jsonl file of chat records, or a folder of some (see `chat.read_records`); `path` and `sha256` are as those of a folder."""
+    """A .jsonl file of chat records or of preferences, or a folder of some; `path` and `sha256` are as those of a folder."""
 
     kind: Literal["records"]
     path: Annotated[str, Field(min_length=1)]

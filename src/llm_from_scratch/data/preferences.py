@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_from_scratch.data.chat import Message, RecordError, bad_records
+from llm_from_scratch.data.chat import Message, RecordError, bad_records, record_files
 
 TURN = re.compile(r"\n\n(Human|Assistant): ?")
 ROLE = {"Human": "user", "Assistant": "assistant"}
@@ -47,6 +47,21 @@ def read_preferences(path: Path) -> list[Preference]:
     if faults or not found:
         raise RecordError(f"{path}: {bad_records(faults, len(lines))}; correct the file, then run the stage again")
     return found
+
+
+def gather_preferences(place: Path) -> list[Preference]:
+    """The preferences of one .jsonl file, or of all in a folder. Raises RecordError as `read_preferences` does."""
+    return [one for path in record_files(place) for one in read_preferences(path)]
+
+
+def holds_preferences(place: Path) -> bool:
+    """Whether the first line of the first .jsonl file speaks of a chosen answer, and not of a conversation alone."""
+    with record_files(place)[0].open(encoding="utf-8-sig") as file:
+        line = next((line for line in file if line.strip()), "")
+    try:
+        return "chosen" in json.loads(line)
+    except (json.JSONDecodeError, TypeError):
+        return False
 
 
 def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:

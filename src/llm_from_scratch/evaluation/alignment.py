@@ -24,10 +24,10 @@ from llm_from_scratch.finetune.judge import Judge
 from llm_from_scratch.finetune.pairs import Progress, answers
 from llm_from_scratch.finetune.policy import log_probs
 from llm_from_scratch.finetune.reward import RewardModel
-from llm_from_scratch.finetune.sft import UNSCORED
 from llm_from_scratch.inference.batched import by_length
 from llm_from_scratch.inference.decoding import evaluating
 from llm_from_scratch.tokenizer.base import Tokenizer
+from llm_from_scratch.training.memory import UNSCORED
 
 ROWS = 64
 
@@ -119,19 +119,27 @@ def learned_rewards(reward: RewardModel, prompts: Sequence[list[int]], said: Seq
 
 
 def best_of(exam: Exam, most: int, progress: Progress = iter) -> list[dict[str, float]]:
-    """The start, and of 2, 4, … up to `most` of its answers to each prompt the one that the reward model likes best.
-
-    The KL of best-of-n is at most log n - (n - 1) / n nats, and that bound is what stands here (Beirami et al. 2024, arXiv:2401.01879).
-    """
+    """The start, and of 2, 4, … up to `most` of its answers to each prompt the one that the reward model likes best."""
     repeated = [prompt for prompt in exam.prompts for _ in range(most)]
     said = answers(exam.reference, repeated, exam.new, exam.words, exam.seed, progress)
     learned = np.array(learned_rewards(exam.reward, repeated, said, exam.words.eot)).reshape(-1, most)
     gold = np.array([exam.judge(exam.words.decode(answer)) for answer in said]).reshape(-1, most)
+    return best_curve(learned, gold)
+
+
+def best_curve(learned: np.ndarray, gold: np.ndarray) -> list[dict[str, float]]:
+    """Rewards (N, M) of M answers to each prompt to those of the best of 1, 2, 4, … M of them by `learned`, means over the prompts.
+
+    All M count for each n: the one of rank i is the best of a choice of n in comb(i - 1, n - 1) of comb(M, n) cases (Nakano et al. 2021,
+    arXiv:2112.09332, appendix I). The KL of best-of-n is at most log n - (n - 1) / n nats, and that bound is what stands here (Beirami et
+    al. 2024, arXiv:2401.01879).
+    """
+    ranked, most = learned.argsort(1, kind="stable"), learned.shape[1]
+    means = {name: np.take_along_axis(values, ranked, 1).mean(0) for name, values in (("gold", gold), ("learned", learned))}
     rows = []
     for n in (2**power for power in range(most.bit_length())):
-        chosen = learned[:, :n].argmax(1)[:, None]
-        means = {name: float(np.take_along_axis(values, chosen, 1).mean()) for name, values in (("gold", gold), ("learned", learned))}
-        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, **means})
+        chance = np.array([math.comb(below, n - 1) / math.comb(most, n) for below in range(most)])
+        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n, **{name: float(chance @ mean) for name, mean in means.items()}})
     return rows
 
 

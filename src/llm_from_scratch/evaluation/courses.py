@@ -1,54 +1,124 @@
-"""What the preference methods are taught with and measured by: from a corpus to prompts and pairs, and from a model to its numbers.
+"""What a method is taught with and measured by: from a corpus to what is learned, and from a model to its numbers.
 
-`RewardCourse` is that of the reward model, `PolicyCourse` that of whoever is trained by one. Prompts to learn from come from the training
-side of the corpus, those to measure on from the side that is held out, so nothing that is measured was practised.
+`AnswerCourse` is for those that learn answers of people, `RewardCourse` for the reward model, `PolicyCourse` for whoever is trained by one.
+What is learned comes from the training side of the corpus, what is measured on from the side that is held out, so nothing that is
+measured was practised.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import TypeAdapter
 from torch import nn
 
 from llm_from_scratch import bundle
-from llm_from_scratch.data.documents import DOCUMENTS, Document, Split, read_documents, with_splits
+from llm_from_scratch.data.documents import DOCUMENTS, read_documents
 from llm_from_scratch.data.preferences import Preference, read_preferences
+from llm_from_scratch.evaluation import generation
 from llm_from_scratch.evaluation.alignment import Exam, best_of, examine, glance
+from llm_from_scratch.evaluation.generation import fitting
+from llm_from_scratch.evaluation.splits import SPLITS, answerable, conversations, ids_of, prompts_of, split_preferences
 from llm_from_scratch.finetune.dpo import DpoParams
 from llm_from_scratch.finetune.grpo import GrpoParams
 from llm_from_scratch.finetune.judge import Judge, JudgeParams, judge
-from llm_from_scratch.finetune.pairs import Pair, PairLesson, Progress, encode_pairs, encode_prompt, judged, openings
+from llm_from_scratch.finetune.pairs import Pair, PairLesson, encode_pairs, judged
 from llm_from_scratch.finetune.ppo import ActorCritic, PpoParams
 from llm_from_scratch.finetune.reward import PAIRS, RewardModel, RewardParams, accuracy, bradley_terry, calibration, load_reward, margins
-from llm_from_scratch.finetune.rollouts import Course
+from llm_from_scratch.finetune.rollouts import PromptLesson
+from llm_from_scratch.finetune.sft import Examples, Finetune, answer_loss, encode_records
+from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.model.rung import Rung
-from llm_from_scratch.tokenizer.base import END_OF_TURN, Tokenizer
+from llm_from_scratch.tokenizer.base import Tokenizer
 
-SPLITS: tuple[Split, Split] = ("train", "validation")
 BINS = 10
 BEST_OF = 16
 GLANCED = 128  # prompts behind a point of a curve
 TEXT = 20_000  # tokens of held-out text for the perplexity
-
+ANSWER_TOKENS = 32
 
 Following = DpoParams | PpoParams | GrpoParams
 """The methods that follow a reward model, or its pairs."""
 
+Bars = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps what is gone through, as tqdm does."""
+
 
 @dataclass(frozen=True)
-class Standing:
-    """Where a model stands: its numbers, and what it wrote."""
+class Measured:
+    """A model's numbers, and what it wrote."""
 
     metrics: dict[str, Any]
     answers: list[str]
+
+
+class Course(Protocol):
+    """What the stage asks of every method's: something to learn, and what to say of a model before, while and after it learns.
+
+    `facts` go into the manifest, with the number of `records`; `effort` is counted beside them, and `columns` are what a glance adds to
+    the curve.
+    """
+
+    columns: tuple[str, ...]
+    facts: dict[str, Any]
+    effort: dict[str, Any]
+
+    @property
+    def lesson(self) -> Examples | PairLesson | PromptLesson: ...
+
+    def measure(self, model: nn.Module) -> Measured:
+        """All that is held against each other before and after."""
+
+    def glance(self, model: nn.Module) -> dict[str, float]:
+        """A point of the curve: some of it, soon."""
+
+    def extras(self, model: nn.Module) -> dict[str, Any]:
+        """What is measured of the trained model alone."""
+
+    def show(self, before: Measured, after: Measured) -> list[dict[str, Any]]:
+        """`samples` of what it was asked, with what it said before and after."""
+
+
+class AnswerCourse:
+    """Records to learn, some held out for the loss, and questions that are asked."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, corpus: Path, told: Finetune, base: Rung, words: Tokenizer, share: float, bars: Bars) -> None:
+        self.told, self.words, self.bars = told, words, bars
+        learnable, held_out, tasks = conversations(corpus, share, told.seed)
+        if not held_out:
+            raise ValueError(f"no record of {told.records} is held out to measure on; raise sources.{told.records}.validation, now {share}")
+        rng = random.Random(told.seed)
+        shown = rng.sample(learnable, min(told.steps * told.batch, len(learnable)))
+        tested = rng.sample(held_out, min(told.questions, len(held_out)))
+        self.tasks = fitting(tasks, Engine(base, words), ANSWER_TOKENS)[: told.questions]
+        self.held_out, self.lesson = encode_records(tested, words, told.context), encode_records(shown, words, told.context)
+        self.facts: dict[str, Any] = {"records": len(self.lesson.pairs)}
+        skipped = {"records_cut": self.lesson.cut, "records_skipped": self.lesson.skipped}
+        self.effort: dict[str, Any] = {"questions": len(self.tasks), **skipped}
+
+    def measure(self, model: nn.Module) -> Measured:
+        """Nats per answer token on what was held out, and the answers to what is asked."""
+        exam = generation.examine(Engine(model, self.words), self.tasks, ANSWER_TOKENS, self.bars)
+        return Measured({**self.glance(model), "exact_match": exam.exact_match, "f1": exam.f1}, exam.answers)
+
+    def glance(self, model: nn.Module) -> dict[str, float]:
+        return {"val_loss": answer_loss(model, self.held_out, self.told.batch)}
+
+    def extras(self, model: nn.Module) -> dict[str, Any]:
+        return {}
+
+    def show(self, before: Measured, after: Measured) -> list[dict[str, Any]]:
+        """Some questions, what was answered to them before and after, and what was wanted."""
+        rows = zip(self.tasks[: self.told.samples], before.answers, after.answers, strict=False)
+        return [{"prompt": task.messages[-1]["content"], "before": old, "after": new, "wanted": task.wanted} for task, old, new in rows]
 
 
 class RewardCourse:
@@ -56,7 +126,7 @@ class RewardCourse:
 
     columns: tuple[str, ...] = ("accuracy",)
 
-    def __init__(self, corpus: Path, told: RewardParams, base: Rung, words: Tokenizer, share: float, bars: Progress) -> None:
+    def __init__(self, corpus: Path, told: RewardParams, base: Rung, words: Tokenizer, share: float, bars: Bars) -> None:
         self.bars = bars
         self.told, self.words, self.base = told, words, copy.deepcopy(base)
         self.prompts: list[list[int]] = []
@@ -64,17 +134,17 @@ class RewardCourse:
         learned, tested = self._preferences(corpus, share)
         pairs, skipped = encode_pairs(learned, words, told.context)
         self.held_out, _ = encode_pairs(tested, words, told.context)
-        self.lesson = PairLesson(learned, pairs, np.empty(0), words.eot, words.special[END_OF_TURN])
+        self.lesson = PairLesson(learned, pairs, np.empty(0), words.eot, words.end_of_turn)
         self.facts = {"records": len(pairs), "judge": told.judge.model_dump()}
         self.effort = {"pairs_held_out": len(self.held_out), "records_skipped": skipped}
 
-    def measure(self, model: nn.Module) -> Standing:
+    def measure(self, model: nn.Module) -> Measured:
         """Held-out pairs told right, and how sure it was; the loss of a model without a head is that of a coin."""
         gaps = margins(model, self.held_out, self.words.eot, self.told.batch) if isinstance(model, RewardModel) else None
         if gaps is None:
-            return Standing({"val_loss": float(np.log(2)), "accuracy": 0.5}, [])
+            return Measured({"val_loss": float(np.log(2)), "accuracy": 0.5}, [])
         found = {"val_loss": float(bradley_terry(gaps, gaps * 0)), "accuracy": accuracy(gaps)}
-        return Standing(found, [f"{gap:+.2f}" for gap in gaps[: self.told.samples].tolist()])
+        return Measured(found, [f"{gap:+.2f}" for gap in gaps[: self.told.samples].tolist()])
 
     def glance(self, model: nn.Module) -> dict[str, float]:
         found = self.measure(model).metrics
@@ -89,7 +159,7 @@ class RewardCourse:
             found["best_of"] = best_of(exam, BEST_OF, self.bars)
         return found
 
-    def show(self, before: Standing, after: Standing) -> list[dict[str, Any]]:
+    def show(self, before: Measured, after: Measured) -> list[dict[str, Any]]:
         """Some held-out pairs, and by how much the model prefers the one that the judge does."""
         rows = zip(self.held_out, after.answers, strict=False)
         return [{**_texts(pair, self.words), "margin": margin} for pair, margin in rows]
@@ -112,16 +182,7 @@ class PolicyCourse:
 
     columns: tuple[str, ...] = ("gold", "learned", "kl")
 
-    def __init__(
-        self,
-        corpus: Path,
-        guide: Path,
-        told: Following,
-        base: Rung,
-        words: Tokenizer,
-        share: float,
-        bars: Progress,
-    ) -> None:
+    def __init__(self, corpus: Path, guide: Path, told: Following, base: Rung, words: Tokenizer, share: float, bars: Bars) -> None:
         self.told, self.words, self.bars = told, words, bars
         manifest = bundle.verify(guide, "reward")
         gold: Judge = judge(TypeAdapter(JudgeParams).validate_python(manifest.facts["judge"]))
@@ -130,27 +191,27 @@ class PolicyCourse:
             sides_of_text = [[document.text for document in read_documents(corpus, split)] for split in SPLITS]
         else:
             sides = split_preferences(corpus, share)
-            asked, tested = ([encode_prompt(one.prompt, words)[0] for one in side] for side in sides)
+            asked, tested = (answerable(side, words, told.context - told.answer_tokens) for side in sides)
             tested, sides_of_text = tested[: told.questions], [[one.chosen for one in side] for side in sides]
         practice, text = (ids_of(texts, words) for texts in sides_of_text)
         text = text[:TEXT]
         self.exam = Exam(tested, told.answer_tokens, words, gold, copy.deepcopy(base), load_reward(guide), text, told.seed)
         self.few = replace(self.exam, prompts=tested[:GLANCED])
         ends = frozenset(words.special.values())
-        self.lesson: PairLesson | Course
+        self.lesson: PairLesson | PromptLesson
         if isinstance(told, DpoParams):
             preferences = read_preferences(guide / PAIRS)
             pairs, _ = encode_pairs(preferences, words, told.context)
-            self.lesson = PairLesson(preferences, pairs, practice, words.eot, words.special[END_OF_TURN])
+            self.lesson = PairLesson(preferences, pairs, practice, words.eot, words.end_of_turn)
             self.facts = {"records": len(pairs)}
         else:
-            self.lesson = Course(asked, practice, load_reward(guide), ends, words.eot, words.special[END_OF_TURN])
+            self.lesson = PromptLesson(asked, practice, load_reward(guide), ends, words.eot, words.end_of_turn)
             self.facts = {"records": len(asked)}
         self.effort: dict[str, Any] = {}
 
-    def measure(self, model: nn.Module) -> Standing:
+    def measure(self, model: nn.Module) -> Measured:
         found = examine(model, self.exam, self.bars)
-        return Standing(found.metrics(), found.answers)
+        return Measured(found.metrics(), found.answers)
 
     def glance(self, model: nn.Module) -> dict[str, float]:
         return glance(model.policy if isinstance(model, ActorCritic) else model, self.few)
@@ -158,7 +219,7 @@ class PolicyCourse:
     def extras(self, model: nn.Module) -> dict[str, Any]:
         return {}
 
-    def show(self, before: Standing, after: Standing) -> list[dict[str, Any]]:
+    def show(self, before: Measured, after: Measured) -> list[dict[str, Any]]:
         """Some held-out prompts, and how they were gone on with before and after, with what the gold judge says of it."""
         rows = zip(self.exam.prompts, before.answers, after.answers, strict=True)
         return [
@@ -173,39 +234,15 @@ class PolicyCourse:
         ]
 
 
-def split_preferences(corpus: Path, share: float) -> tuple[list[Preference], list[Preference]]:
-    """(to learn, held out): the preferences in a corpus' files, those to one prompt on the same side. Raises RecordError for a bad line."""
-    found = [one for path in sorted(corpus.rglob("*.jsonl")) for one in read_preferences(path)]
-    prompts = {json.dumps(one.prompt): None for one in found}
-    split = with_splits([Document(prompt, "", "") for prompt in prompts], share)
-    held_out = {document.id for document in split if document.split == "validation"}
-    sides: tuple[list[Preference], list[Preference]] = ([], [])
-    for one in found:
-        sides[json.dumps(one.prompt) in held_out].append(one)
-    return sides
-
-
-def prompts_of(
-    corpus: Path, words: Tokenizer, tokens: int, seed: int, most: int | None, tested: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """(to learn from, to measure on): beginnings of the documents of each side, `most` (None: all) and `tested` of them at most.
-
-    Raises ValueError where a side has none that is long enough.
-    """
-    rng = random.Random(seed)
-    sides: list[list[list[int]]] = []
-    for split, wanted in zip(SPLITS, (most, tested), strict=True):
-        found = openings((document.text for document in read_documents(corpus, split)), words, tokens)
-        if not found:
-            raise ValueError(f"no {split} document of {corpus.name} is longer than {tokens} tokens; lower prompt_tokens")
-        sides.append(rng.sample(found, min(len(found), wanted or len(found))))
-    return sides[0], sides[1]
-
-
-def ids_of(texts: Sequence[str], words: Tokenizer) -> np.ndarray:
-    """The texts as one row of ids, each behind its end."""
-    ends = np.array([words.eot], dtype=np.uint32)
-    return np.concatenate([part for ids in words.encode_batch(texts) for part in (ids, ends)]).astype(np.int64)
+def enrol(told: Any, corpus: Path, guide: Path, base: Rung, words: Tokenizer, share: float, bars: Bars) -> Course:
+    """The course of a method: `told` is its params, `share` of the corpus is held out, `guide` the reward bundle where it follows one."""
+    match told:
+        case RewardParams():
+            return RewardCourse(corpus, told, base, words, share, bars)
+        case DpoParams() | PpoParams() | GrpoParams():
+            return PolicyCourse(corpus, guide, told, base, words, share, bars)
+        case _:
+            return AnswerCourse(corpus, told, base, words, share, bars)
 
 
 def _texts(pair: Pair, words: Tokenizer) -> dict[str, str]:

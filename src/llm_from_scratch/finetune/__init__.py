@@ -35,4 +35,4 @@ METHODS: dict[str, Callable[[Rung, Any, Any], Job]] = {
     "ppo": ppo.job,
     "grpo": grpo.job,
 }
-"""Each takes the model to start from, what there is to learn (`Examples`, `PairLesson` or `Course`), and its params."""
+"""Each takes the model to start from, what there is to learn (`Examples`, `PairLesson` or `PromptLesson`), and its params."""

@@ -24,11 +24,12 @@ from torch.nn import functional as F
 
 from llm_from_scratch.finetune.pairs import Pair, PairLesson, pair_batches, stack
 from llm_from_scratch.finetune.policy import Aligning, log_probs, text_loss
-from llm_from_scratch.finetune.sft import UNSCORED, Job
+from llm_from_scratch.finetune.sft import Job
 from llm_from_scratch.model.registry import save_model
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.training.batches import windows
 from llm_from_scratch.training.loop import Batch, Batches, Loss
+from llm_from_scratch.training.memory import UNSCORED
 
 START = math.log(2)
 """The loss of a policy that is its reference."""

@@ -17,11 +17,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from llm_from_scratch.finetune.policy import log_probs, mean_where, text_loss
-from llm_from_scratch.finetune.rollouts import Course, Online, OnPolicy, Rollout
-from llm_from_scratch.finetune.sft import UNSCORED, Job
+from llm_from_scratch.finetune.rollouts import Online, OnPolicy, PromptLesson, Rollout
+from llm_from_scratch.finetune.sft import Job
 from llm_from_scratch.model.registry import save_model
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.training.loop import Batch
+from llm_from_scratch.training.memory import UNSCORED
 
 
 class GrpoParams(Online):
@@ -44,8 +45,8 @@ class Grpo(OnPolicy):
 
     plan: GrpoParams
 
-    def __init__(self, policy: Rung, course: Course, params: GrpoParams) -> None:
-        super().__init__(policy, policy, course, params)
+    def __init__(self, policy: Rung, lesson: PromptLesson, params: GrpoParams) -> None:
+        super().__init__(policy, policy, lesson, params)
         self.each = params.group
 
     def prepare(self, rollout: Rollout) -> Batch:
@@ -77,7 +78,7 @@ def distance(now: Tensor, reference: Tensor) -> Tensor:
     return gap.exp() - gap - 1
 
 
-def job(base: Rung, course: Course, params: GrpoParams) -> Job:
+def job(base: Rung, lesson: PromptLesson, params: GrpoParams) -> Job:
     """All weights of `base`."""
-    run = Grpo(base, course, params)
-    return Job(base, run.batches, run.loss, "model", lambda: base, lambda folder, base_at: save_model(base, folder, course.eot, course.end))
+    run = Grpo(base, lesson, params)
+    return Job(base, run.batches, run.loss, "model", lambda: base, lambda folder, base_at: save_model(base, folder, lesson.eot, lesson.end))

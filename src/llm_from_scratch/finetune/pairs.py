@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from llm_from_scratch.data.preferences import Preference
 from llm_from_scratch.finetune.judge import Judge
-from llm_from_scratch.finetune.sft import UNSCORED
 from llm_from_scratch.inference.batched import by_length, draw
-from llm_from_scratch.tokenizer.base import END_OF_TURN, Tokenizer
+from llm_from_scratch.tokenizer.base import Tokenizer
 from llm_from_scratch.tokenizer.chat import Message, render
 from llm_from_scratch.training.loop import Batch, Batches
+from llm_from_scratch.training.memory import UNSCORED
 
 ROWS = 128  # texts drawn at once
 Progress = Callable[[Sequence[list[int]]], Iterable[list[int]]]
@@ -155,4 +155,4 @@ def encode_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> tupl
     """(ids of the prompt, ids that end an answer to it)."""
     if isinstance(prompt, str):
         return [tokenizer.eot, *tokenizer.encode(prompt)], []
-    return render(prompt, tokenizer, prompt=True)[0], [tokenizer.special[END_OF_TURN]]
+    return render(prompt, tokenizer, prompt=True)[0], [tokenizer.end_of_turn]

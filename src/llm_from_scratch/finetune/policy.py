@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_from_scratch.finetune.sft import UNSCORED, Finetune
+from llm_from_scratch.finetune.sft import Finetune
+from llm_from_scratch.training.memory import UNSCORED
 
 
 class Aligning(Finetune):

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from llm_from_scratch.bundle import save_tensors
 from llm_from_scratch.finetune.policy import log_probs, mean_where, text_loss, whitened
-from llm_from_scratch.finetune.rollouts import Course, Online, OnPolicy, Rollout
-from llm_from_scratch.finetune.sft import UNSCORED, Job
+from llm_from_scratch.finetune.rollouts import Online, OnPolicy, PromptLesson, Rollout
+from llm_from_scratch.finetune.sft import Job
 from llm_from_scratch.model.gpt import Gpt
 from llm_from_scratch.model.llama import Llama
 from llm_from_scratch.model.registry import save_model
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.training.loop import Batch
+from llm_from_scratch.training.memory import UNSCORED
 
 VALUE_HEAD = "value_head.safetensors"
 MOST = 0.2  # by how much of itself beta moves at most, for one rollout
@@ -72,10 +73,10 @@ class Ppo(OnPolicy):
     model: ActorCritic
     plan: PpoParams
 
-    def __init__(self, policy: Rung, course: Course, params: PpoParams) -> None:
+    def __init__(self, policy: Rung, lesson: PromptLesson, params: PpoParams) -> None:
         if not isinstance(policy, Gpt | Llama):
             raise ValueError(f"PPO needs a gpt or a llama, and this is a {type(policy).__name__}; name another model")
-        super().__init__(ActorCritic(policy, params.beta), policy, course, params)
+        super().__init__(ActorCritic(policy, params.beta), policy, lesson, params)
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Ids, targets, log-probabilities by the writer, values, advantages, returns; and beta moves by how far away the rollout was."""
@@ -134,12 +135,12 @@ def adapted(kl: float, target: float, share: float) -> float:
     return 1 + max(-MOST, min(MOST, kl / target - 1)) * share
 
 
-def job(base: Rung, course: Course, params: PpoParams) -> Job:
+def job(base: Rung, lesson: PromptLesson, params: PpoParams) -> Job:
     """The policy and its value head, which is saved apart, so that the bundle is a model like any other."""
-    run = Ppo(base, course, params)
+    run = Ppo(base, lesson, params)
 
     def save(folder: Path, base_at: str) -> None:
-        save_model(run.policy, folder, course.eot, course.end)
+        save_model(run.policy, folder, lesson.eot, lesson.end)
         save_tensors(folder / VALUE_HEAD, {name: weight.detach() for name, weight in run.model.value_head.state_dict().items()})
 
     return Job(run.model, run.batches, run.loss, "model", lambda: run.policy, save)

@@ -25,13 +25,14 @@ from llm_from_scratch.bundle import BundleError, save_tensors
 from llm_from_scratch.data.preferences import write_preferences
 from llm_from_scratch.finetune.judge import JudgeParams
 from llm_from_scratch.finetune.pairs import Pair, PairLesson, pair_batches, stack
-from llm_from_scratch.finetune.sft import UNSCORED, Finetune, Job
+from llm_from_scratch.finetune.sft import Finetune, Job
 from llm_from_scratch.model.gpt import Gpt
 from llm_from_scratch.model.huggingface import WEIGHTS
 from llm_from_scratch.model.llama import Llama
 from llm_from_scratch.model.registry import CONFIG, config_of, export_state, from_config, import_state, read_config, read_tensors
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.training.loop import Batch, Batches
+from llm_from_scratch.training.memory import UNSCORED
 
 HEAD = "score.weight"
 HEADLESS = {"ForCausalLM": "ForSequenceClassification", "LMHeadModel": "ForSequenceClassification"}

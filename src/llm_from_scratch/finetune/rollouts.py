@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from llm_from_scratch.finetune.policy import Aligning, log_probs, mean_where
 from llm_from_scratch.finetune.reward import RewardModel
-from llm_from_scratch.finetune.sft import UNSCORED
 from llm_from_scratch.inference.batched import by_length, draw
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.training.batches import windows
 from llm_from_scratch.training.loop import Batch
+from llm_from_scratch.training.memory import UNSCORED
 
 
 @dataclass(frozen=True)
-class Course:
+class PromptLesson:
     """What an online method learns from: prompts, text as ids, a frozen reward model, and the tokens that end an answer.
 
     `eot` ends a document and `end` a message; both are among them.
@@ -112,9 +112,9 @@ class OnPolicy(ABC):
 
     each = 1
 
-    def __init__(self, model: nn.Module, policy: Rung, course: Course, params: Online) -> None:
-        self.model, self.policy, self.course, self.plan = model, policy, course, params
-        self.text = windows(course.text, params.text_tokens, params.batch, params.seed)
+    def __init__(self, model: nn.Module, policy: Rung, lesson: PromptLesson, params: Online) -> None:
+        self.model, self.policy, self.lesson, self.plan = model, policy, lesson, params
+        self.text = windows(lesson.text, params.text_tokens, params.batch, params.seed)
         self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
         self.stopped = False
         self.kept: Batch = ()
@@ -135,12 +135,12 @@ class OnPolicy(ABC):
     def write(self, phase: int) -> None:
         """A new rollout in place of the last."""
         device = next(self.policy.parameters()).device
-        for frozen in (self.reference, self.course.reward):
+        for frozen in (self.reference, self.lesson.reward):
             frozen.to(device)
-        prompts = prompts_of(self.course.prompts, self.plan.rollout // self.each, self.plan.seed, phase).repeat_interleave(self.each, 0)
+        prompts = prompts_of(self.lesson.prompts, self.plan.rollout // self.each, self.plan.seed, phase).repeat_interleave(self.each, 0)
         seed = self.plan.seed * 1_000_003 + phase
         self.model.eval()
-        rollout = roll_out(self.policy, self.reference, self.course, prompts, self.plan.answer_tokens, seed)
+        rollout = roll_out(self.policy, self.reference, self.lesson, prompts, self.plan.answer_tokens, seed)
         self.kept = self.prepare(rollout)
         self.model.train()
         self.order = shuffled(self.plan.rollout, self.plan.batch, self.plan.epochs, seed)
@@ -154,17 +154,17 @@ class OnPolicy(ABC):
 
 
 @torch.no_grad()
-def roll_out(policy: nn.Module, reference: nn.Module, course: Course, prompts: Tensor, new: int, seed: int) -> Rollout:
+def roll_out(policy: nn.Module, reference: nn.Module, lesson: PromptLesson, prompts: Tensor, new: int, seed: int) -> Rollout:
     """The policy's own answers to prompts (B, P), drawn at temperature 1 behind a cache."""
     device = next(policy.parameters()).device
-    answers, drawn = draw(policy, prompts, new, course.ends, torch.Generator().manual_seed(seed))
+    answers, drawn = draw(policy, prompts, new, lesson.ends, torch.Generator().manual_seed(seed))
     whole = torch.cat((prompts, answers), 1)
     ids, targets = whole[:, :-1].to(device), whole[:, 1:].clone()
     targets[:, : prompts.size(1) - 1] = UNSCORED
     targets[:, prompts.size(1) - 1 :][~drawn] = UNSCORED
     targets = targets.to(device)
     written, there = (log_probs(model(ids), targets) for model in (policy, reference))
-    rewards = course.reward(whole.to(device), _last(answers, drawn, course.ends) + prompts.size(1))
+    rewards = lesson.reward(whole.to(device), _last(answers, drawn, lesson.ends) + prompts.size(1))
     return Rollout(ids, targets, written, there, rewards)
 
 

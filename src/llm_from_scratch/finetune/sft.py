@@ -8,10 +8,8 @@ Shapes: B conversations, T tokens of the longest in the batch.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,11 +23,11 @@ from llm_from_scratch.model.registry import save_model
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.tokenizer.base import END_OF_TURN, Tokenizer
 from llm_from_scratch.tokenizer.chat import render
-from llm_from_scratch.training.loop import Batch, Batches, Loss, next_token
+from llm_from_scratch.training.batches import conversations, shifted, stacked
+from llm_from_scratch.training.loop import Batches, Loss, next_token
+from llm_from_scratch.training.memory import UNSCORED
 from llm_from_scratch.training.plan import Plan
 
-UNSCORED = -100  # what torch's cross-entropy ignores
-POOL = 32  # batches that are sorted by length together: enough for little padding, few enough to stay well mixed
 SHORTEST_PASSAGE = 16  # tokens; a passage cut below this says nothing
 
 
@@ -113,29 +111,15 @@ def encode_records(records: Sequence[ChatRecord], tokenizer: Tokenizer, context:
             if not _shorten_passage(ids, scored, excess, tokenizer.special):
                 continue
             cut += 1
-        pairs.append(_shifted(ids, scored))
+        pairs.append(shifted(torch.tensor(ids), torch.tensor(scored)))
     if not pairs:
         raise ValueError(f"none of {len(records)} chat records fits a context of {context} tokens; give more, or raise finetune.*.context")
-    return Examples(pairs, cut, len(records) - len(pairs), tokenizer.eot, tokenizer.special[END_OF_TURN])
+    return Examples(pairs, cut, len(records) - len(pairs), tokenizer.eot, tokenizer.end_of_turn)
 
 
 def chat_batches(examples: Examples, batch: int, seed: int) -> Batches:
-    """The batch of a step: (inputs, targets), each (B, T), conversations of like length together.
-
-    Every epoch shows each conversation once, in an order drawn from (seed, epoch), so a step's batch depends on nothing before it.
-    """
-    lengths = [len(inputs) for inputs, _ in examples.pairs]
-    per_epoch = -(-len(lengths) // batch)
-
-    @lru_cache(maxsize=1)
-    def order(epoch: int) -> list[list[int]]:
-        return _length_sorted(lengths, batch, random.Random(f"{seed}:{epoch}"))
-
-    def at(step: int) -> Batch:
-        epoch, place = divmod(step, per_epoch)
-        return _stack([examples.pairs[index] for index in order(epoch)[place]], examples.eot)
-
-    return at
+    """The batch of a step: (inputs, targets), each (B, T), conversations of like length together."""
+    return conversations(examples.pairs, batch, examples.eot, seed)
 
 
 @torch.no_grad()
@@ -146,16 +130,11 @@ def answer_loss(model: nn.Module, examples: Examples, batch: int) -> float:
     ordered = sorted(examples.pairs, key=lambda pair: len(pair[0]))
     nats = 0.0
     for start in range(0, len(ordered), batch):
-        inputs, targets = _stack(ordered[start : start + batch], examples.eot)
+        inputs, targets = stacked(ordered[start : start + batch], examples.eot)
         logits = model(inputs.to(device)).float()
         nats += float(functional.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten(), ignore_index=UNSCORED, reduction="sum"))
     model.train(was_training)
     return nats / examples.answer_tokens
-
-
-def _shifted(ids: Sequence[int], scored: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    row, mask = torch.tensor(ids), torch.tensor(scored)
-    return row[:-1], row[1:].masked_fill(~mask[1:], UNSCORED)
 
 
 def _shorten_passage(ids: list[int], scored: list[bool], excess: int, special: dict[str, int]) -> bool:
@@ -167,20 +146,3 @@ def _shorten_passage(ids: list[int], scored: list[bool], excess: int, special: d
         return False
     del ids[end - excess : end], scored[end - excess : end]
     return True
-
-
-def _length_sorted(lengths: Sequence[int], batch: int, rng: random.Random) -> list[list[int]]:
-    shuffled = list(range(len(lengths)))
-    rng.shuffle(shuffled)
-    batches: list[list[int]] = []
-    for start in range(0, len(shuffled), batch * POOL):
-        pool = sorted(shuffled[start : start + batch * POOL], key=lengths.__getitem__)
-        batches += [pool[place : place + batch] for place in range(0, len(pool), batch)]
-    rng.shuffle(batches)
-    return batches
-
-
-def _stack(pairs: Sequence[tuple[Tensor, Tensor]], pad: int) -> Batch:
-    inputs = nn.utils.rnn.pad_sequence([inputs for inputs, _ in pairs], batch_first=True, padding_value=pad)
-    targets = nn.utils.rnn.pad_sequence([targets for _, targets in pairs], batch_first=True, padding_value=UNSCORED)
-    return inputs, targets

@@ -21,6 +21,7 @@ Shapes: M tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
@@ -51,7 +52,7 @@ def dequantize(weight: Tensor, largest: Tensor) -> Tensor:
     return weight * largest[:, None] * (1 / STEPS)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(nn.Module, ABC):
     """In place of a Linear: `weight` (N, K) int8, `SCB` (N,) float32, and `bias` (N,) or none; the names are bitsandbytes'."""
 
     weight: Tensor
@@ -81,9 +82,9 @@ class Int8Linear(nn.Module):
         product = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x (M, K) times the weights, (M, N)."""
-        raise NotImplementedError
 
 
 class WeightOnly(Int8Linear):

@@ -145,6 +145,32 @@ def frontier(folder: Path, paths: Mapping[str, Sequence[tuple[float, float]]], b
     return _save(figure, folder / "frontier.png")
 
 
+def overoptimization(folder: Path, runs: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> Path:
+    """How far from the start (KL) against how much better, by the gold judge (left scale) and the reward model that is optimized (right).
+
+    A column for each reward model, with its `policy` above its `best_of`: points with kl, gold and learned, both in standard deviations
+    of the start. Where dashes go on up and the line turns down, the model is pleased and the judge no longer (Gao et al. 2023, figure 1).
+    """
+    figure, grid = _panels(2, len(runs))
+    figure.set_size_inches(3.6 * len(runs) + 0.4, 5.6)
+    for column, (name, run) in zip(grid.T, runs.items(), strict=True):
+        for axes, kind, title in zip(column, ("policy", "best_of"), ("a policy trained", "best of n"), strict=True):
+            away = np.sqrt(np.clip([point["kl"] for point in run[kind]], 0, None))
+            axes.plot(away, [point["gold"] for point in run[kind]], color=ACCENT, marker="o", markersize=3)
+            axes.axhline(0, color=QUIET, linewidth=0.6)
+            axes.set_title(f"{name}: {title}", fontsize=9)
+            other = axes.twinx()
+            other.plot(away, [point["learned"] for point in run[kind]], color=QUIET, linestyle="--")
+            other.spines[["top"]].set_visible(False)
+            other.tick_params(axis="y", labelcolor=QUIET)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("gold judge (line)", color=ACCENT)
+    for axes in grid[1]:
+        axes.set_xlabel("square root of KL, nats")
+    figure.supylabel("above the start, in its standard deviations; reward model dashed, right", fontsize=8)
+    return _save(figure, folder / "overoptimization.png")
+
+
 def calibration(folder: Path, rows: Sequence[Mapping[str, float]]) -> Path:
     """How sure the reward model was of held-out pairs, and how often it was right; on the dashed line it knows what it knows."""
     figure, axes = _axes(5, 4)
