@@ -13,11 +13,16 @@ from typing import Any
 from llm_from_scratch import bundle, progress, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data import cluster
-from llm_from_scratch.data.documents import Split, read_documents
+from llm_from_scratch.data.chat import PASSAGE_CHARACTERS
+from llm_from_scratch.data.documents import Document, Split, read_documents
+from llm_from_scratch.data.lessons import lessons
+from llm_from_scratch.data.rendered import Rendered, write_conversations
 from llm_from_scratch.data.shards import FILES, Encoder, open_shards, write_lengths, write_shards
 from llm_from_scratch.data.workers import across_processes
 from llm_from_scratch.tokenizer import TokenizeParams, Tokenizer, digest, printable, read_gpt2, train
+from llm_from_scratch.tokenizer.chat import render
 
+LESSON_SEED = 1  # which questions are asked on which passage; the order in which they are learned is the rung's to draw
 SHOWN_TOKENS = 60
 SHOWN_CHARACTERS = 600
 EXAMPLES = {
@@ -46,6 +51,8 @@ def run(params: Params, name: str, root: Path) -> None:
         with bundle.writing(target) as folder:
             tokenizer.save(folder)
             facts = encode(settings, tokenizer, source, folder)
+            if settings.lessons:
+                facts["lessons"] = write_conversations(folder, rendered(list(read_documents(source, "train")), tokenizer))
             facts |= {"corpus": settings.corpus, "tokenizer": settings.kind, "tokenizer_digest": digest(folder)}
             bundle.seal(folder, "tokens", f"tokenize@{name}", parents, **facts)
         metrics = measured(facts) | {"seconds": perf_counter() - started}
@@ -85,6 +92,12 @@ def encode(settings: TokenizeParams, tokenizer: Tokenizer, source: Path, folder:
     read = {split: shown(texts(source, split), f"encode {split}") for split in FILES}
     everywhere = partial(across_processes, processes=cores())
     return write_shards(folder, read, tokenizer.encode_batch, tokenizer.eot, tokenizer.vocab_size, everywhere)
+
+
+def rendered(documents: list[Document], tokenizer: Tokenizer) -> Iterator[Rendered]:
+    """The lessons that the documents give, as ids."""
+    for lesson in progress.bar(lessons(documents, LESSON_SEED, PASSAGE_CHARACTERS), desc="lessons"):
+        yield render(lesson["messages"], tokenizer, prompt=False)
 
 
 def cores() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from llm_from_scratch import bundle, model, progress, tokenizer, tracking, training
 from llm_from_scratch.config import Params
+from llm_from_scratch.data.rendered import CONVERSATIONS, read_conversations
 from llm_from_scratch.data.shards import Ids, Shards, open_shards
 from llm_from_scratch.evaluation.likelihood import Likelihood, score
 from llm_from_scratch.evaluation.speed import size_mb
@@ -23,7 +24,7 @@ from llm_from_scratch.model import registry
 from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.tokenizer import Tokenizer
-from llm_from_scratch.training.batches import windows
+from llm_from_scratch.training.batches import Pair, conversations, in_turn, shifted, windows
 from llm_from_scratch.training.distributed import ONLY, Parallel, Place, together
 from llm_from_scratch.training.loop import Fitted, Log, fit, next_token, write_curve
 from llm_from_scratch.training.plan import NgramTrainParams, TrainParams
@@ -70,7 +71,7 @@ def train(rung: TrainParams | NgramTrainParams, name: str, root: Path, parallel:
         if isinstance(rung, NgramTrainParams):
             made, fitted, found = count(rung, shards, words)
         else:
-            made, fitted, found = learn(rung, shards, words, journal, log, parallel)
+            made, fitted, found = learn(rung, shards, lessons(rung, root / source), words, journal, log, parallel)
         curve = fitted.curve or [{"step": 0, **found.metrics()}]
         log(int(curve[-1]["step"]), found.metrics())
     if not parallel.first:
@@ -96,12 +97,15 @@ def train(rung: TrainParams | NgramTrainParams, name: str, root: Path, parallel:
 
 
 def learn(
-    rung: TrainParams, shards: Shards, words: Tokenizer, journal: Journal, log: Log, parallel: Parallel
+    rung: TrainParams, shards: Shards, taught: Sequence[Pair], words: Tokenizer, journal: Journal, log: Log, parallel: Parallel
 ) -> tuple[Rung, Fitted, Likelihood]:
-    """A neural rung, trained by steps, and what the held-out text costs it."""
+    """A neural rung, trained by steps on the text and what it is `taught`, and what the held-out text costs it."""
     torch.manual_seed(rung.seed)
     made = registry.build(rung.model, words.vocab_size)
     batches = windows(shards.train, rung.context, rung.batch, rung.seed)
+    if rung.lessons is not None and taught:
+        asked = conversations(taught, rung.lessons.batch, words.eot, rung.seed)
+        batches = in_turn(batches, asked, rung.lessons.first, rung.lessons.share)
     measure = functools.partial(score, token_bytes=words.token_bytes(), context=rung.context, batch=rung.batch)
     held_out = _held_out(rung, shards)
     seen = int(np.searchsorted(np.cumsum(words.token_bytes()[held_out[:GLANCE]]), GLANCE))
@@ -113,6 +117,18 @@ def learn(
     fitted = fit(made, batches, next_token, rung, log, journal, glance, device, progress=True, parallel=parallel)
     found = measure(made, held_out, progress=functools.partial(progress.bar, desc="score", disable=not parallel.first))
     return made.cpu(), fitted, found
+
+
+def lessons(rung: TrainParams, source: Path) -> list[Pair]:
+    """The lessons of a tokens bundle that fit the rung's context, where it takes any. Raises ValueError where there are none."""
+    if rung.lessons is None or not rung.lessons.some:
+        return []
+    if not (source / CONVERSATIONS).exists():
+        raise ValueError(f"{source} has no lessons; set tokenize.{rung.tokens}.lessons to true, or take the rung's section lessons out")
+    fitting = [shifted(ids, learned) for ids, learned in read_conversations(source) if len(ids) <= rung.context + 1]
+    if not fitting:
+        raise ValueError(f"no lesson of {source} fits a context of {rung.context} tokens; raise context")
+    return fitting
 
 
 def count(rung: NgramTrainParams, shards: Shards, words: Tokenizer) -> tuple[NGram, Fitted, Likelihood]:

@@ -22,6 +22,7 @@ from llm_from_scratch.evaluation.retrieval import (
     graded,
     passages_for,
     question_answering,
+    rank_means,
     ranks_of_answers,
     replies,
     retrieval_quality,
@@ -41,7 +42,9 @@ from llm_from_scratch.retrieval.rag import fit_passages, prompt_tokens
 from llm_from_scratch.tokenizer import CharTokenizer, train_char
 from llm_from_scratch.tokenizer.chat import render
 
-LLAMA = LlamaParams(architecture="llama", context=192, width=32, layers=2, heads=2, kv_heads=1, hidden=64, rope_theta=1e4, qk_norm=False)
+LLAMA = LlamaParams(
+    architecture="llama", context=192, width=32, layers=2, heads=2, kv_heads=1, hidden=64, rope_theta=1e4, qk_norm=False, copying=0.0
+)
 GPT = GptParams(architecture="gpt", context=192, width=32, layers=2, heads=2, dropout=0.1)
 FACTS = {
     "Mars": "red planet",
@@ -128,7 +131,8 @@ def taught(tokenizer: CharTokenizer) -> Rung:
 
 def test_a_model_that_knows_the_answers_is_always_right(tokenizer: CharTokenizer, index: Index) -> None:
     found = question_answering(taught(tokenizer), tokenizer, index, questions(), PARAMS, conditions=("none",))
-    assert found == {"none": {"accuracy": 1, "accuracy_low": 1, "accuracy_high": 1, "f1": 1, "exact_match": 1, "n": 6}}
+    right = {"accuracy": 1, "accuracy_low": 1, "accuracy_high": 1, "f1": 1, "exact_match": 1, "n": 6}
+    assert found == {"none": right | {"accuracy_pmi": 0.25}}, "without a passage nothing changed, which is a tie of four"
 
 
 def test_a_model_that_finds_everything_equally_likely_is_right_one_time_in_four(tokenizer: CharTokenizer, index: Index) -> None:
@@ -148,6 +152,18 @@ def test_a_model_that_answers_at_random_is_right_about_one_time_in_four() -> Non
     found = graded(many, [Reply(tuple(rng.random(4)), "") for _ in many], seed=1)
     assert found["accuracy"] == pytest.approx(0.25, abs=0.04)
     assert found["accuracy_low"] < 0.25 < found["accuracy_high"]
+
+
+def test_what_a_passage_changes_counts_apart_from_what_was_likely_anyway() -> None:
+    """The wrong choice stays the likeliest, but it is the right one that the passage helped."""
+    (question,) = questions()[:1]
+    right = question.choices.index(question.answer)
+    before = [-1.0, -1.0, -1.0, -1.0]
+    before[right] = -5.0
+    after = [-1.0, -1.0, -1.0, -1.0]
+    after[right] = -3.0
+    found = graded([question], [Reply(tuple(after), "")], seed=1, unread=[Reply(tuple(before), "")])
+    assert (found["accuracy"], found["accuracy_pmi"]) == (0, 1)
 
 
 @pytest.mark.parametrize("shape", [LLAMA, GPT], ids=["llama", "gpt"])
@@ -244,5 +260,18 @@ def test_recall_and_mean_reciprocal_rank_worked_by_hand(index: Index) -> None:
     ]
     assert ranks_of_answers(index, asked, "bm25") == [1, 2, 0]
     quality = retrieval_quality(index, asked)
-    assert list(quality) == ["fused", "dense", "bm25"]
-    assert quality["bm25"] == pytest.approx({"recall_at_1": 1 / 3, "recall_at_5": 2 / 3, "mrr": 1 / 2})
+    assert list(quality) == ["fused", "rrf", "dense", "bm25"]
+    by_hand = {"recall_at_1": 1 / 3, "recall_at_5": 2 / 3, "mrr": 1 / 2, "ndcg_at_10": (1 + 1 / math.log2(3)) / 3}
+    assert quality["bm25"] == pytest.approx(by_hand)
+
+
+def test_ndcg_is_that_of_scikit_learn_and_nothing_below_the_tenth_counts() -> None:
+    from sklearn.metrics import ndcg_score
+
+    ranks = [1, 2, 3, 9, 10, 11, 40, 0]
+    relevant = np.zeros((len(ranks), 100))
+    for row, rank in enumerate(ranks[:-1]):
+        relevant[row, rank - 1] = 1
+    scores = np.tile(np.arange(100, 0, -1), (len(ranks), 1))
+    assert rank_means(ranks)["ndcg_at_10"] == pytest.approx(ndcg_score(relevant, scores, k=10))
+    assert rank_means([11, 0])["ndcg_at_10"] == 0

@@ -32,7 +32,7 @@ from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.retrieval.embed import Progress, quiet
 from llm_from_scratch.retrieval.index import DEPTH, Index, Mode
 from llm_from_scratch.retrieval.rag import fit_passages
-from llm_from_scratch.tokenizer.base import END_OF_TURN, Tokenizer
+from llm_from_scratch.tokenizer.base import Tokenizer
 from llm_from_scratch.tokenizer.chat import render
 
 CONDITIONS = ("none", "random", "retrieved", "oracle")
@@ -58,25 +58,30 @@ def question_answering(
 ) -> dict[str, dict[str, float]]:
     """For each condition: accuracy with the ends of its 95% bootstrap interval, f1 and exact_match of the written answer, and n.
 
+    Where `none` is among them, also accuracy_pmi: the choice whose likelihood the passage raised most (pointwise mutual information,
+    Holtzman et al. 2021), which leaves out how likely each choice was anyway.
+
     `progress` is told of every prompt done. Raises ValueError for a model that has no cache, or a condition that is none of CONDITIONS.
     """
     if isinstance(model, NGram) or not getattr(model, "supports_cache", False):
         raise ValueError(f"{type(model).__name__} keeps no keys and values, so it cannot be asked; ask a gpt or llama rung")
     choices = [[_ids(tokenizer, choice) for choice in question.choices] for question in questions]
     room = context_of(model) - max(params.answer_tokens, max(len(ids) for offered in choices for ids in offered))
-    results: dict[str, dict[str, float]] = {}
+    found: dict[str, list[Reply]] = {}
     for condition in conditions:
         prompts = [
             render(question_messages(question.question, fit_passages(question.question, texts, tokenizer, room)), tokenizer, prompt=True)[0]
             for question, texts in zip(questions, passages_for(condition, questions, index, params), strict=True)
         ]
-        results[condition] = graded(questions, replies(model, tokenizer, prompts, choices, params.answer_tokens, progress), params.seed)
-    return results
+        found[condition] = replies(model, tokenizer, prompts, choices, params.answer_tokens, progress)
+    return {condition: graded(questions, made, params.seed, found.get("none")) for condition, made in found.items()}
 
 
 def retrieval_quality(index: Index, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-    """For each way to search: how often the right document is first, or among five (recall_at_1, recall_at_5), and the mean of 1 / rank."""
-    return {mode: _rank_means(ranks_of_answers(index, questions, mode)) for mode in get_args(Mode)}
+    """For each way to search: how often the right document is first, or among five (recall_at_1, recall_at_5), the mean of 1 / rank (mrr),
+    and ndcg_at_10, which with one right document is the mean of 1 / log2(1 + rank) (Järvelin & Kekäläinen 2002).
+    """
+    return {mode: rank_means(ranks_of_answers(index, questions, mode)) for mode in get_args(Mode)}
 
 
 def ranks_of_answers(index: Index, questions: Sequence[Question], mode: Mode) -> list[int]:
@@ -86,6 +91,17 @@ def ranks_of_answers(index: Index, questions: Sequence[Question], mode: Mode) ->
         next((hit.rank for hit in hits if hit.passage.document == question.document), 0)
         for question, hits in zip(questions, found, strict=True)
     ]
+
+
+def rank_means(ranks: Sequence[int]) -> dict[str, float]:
+    """The measures of `retrieval_quality` for ranks from 1, and 0 for what was not found."""
+    found = np.array(ranks, dtype=np.float64)
+    return {
+        "recall_at_1": float(np.mean(found == 1)),
+        "recall_at_5": float(np.mean((found >= 1) & (found <= 5))),
+        "mrr": float(np.mean(np.divide(1, found, out=np.zeros_like(found), where=found > 0))),
+        "ndcg_at_10": float(np.mean(np.divide(1, np.log2(1 + found), out=np.zeros_like(found), where=(found >= 1) & (found <= 10)))),
+    }
 
 
 def passages_for(condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams) -> list[list[str]]:
@@ -121,17 +137,24 @@ def replies(
     return [made[place] for place in range(len(prompts))]
 
 
-def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int) -> dict[str, float]:
-    """The means over all questions. A tie between choices counts as its chance, so a model that cannot tell them apart has just that."""
-    credits = np.array(
-        [credit(reply.scores, question.choices.index(question.answer)) for question, reply in zip(questions, found, strict=True)]
-    )
+def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int, unread: Sequence[Reply] | None = None) -> dict[str, float]:
+    """The means over all questions; `unread` are the replies to the same without a passage, for accuracy_pmi.
+
+    A tie between choices counts as its chance, so a model that cannot tell them apart has just that.
+    """
+    places = [question.choices.index(question.answer) for question in questions]
+    credits = np.array([credit(reply.scores, place) for reply, place in zip(found, places, strict=True)])
     low, high = bootstrap_interval(credits, seed)
+    raised: dict[str, float] = {}
+    if unread is not None:
+        gains = [np.subtract(reply.scores, before.scores).tolist() for reply, before in zip(found, unread, strict=True)]
+        raised["accuracy_pmi"] = float(np.mean([credit(scores, place) for scores, place in zip(gains, places, strict=True)]))
     pairs = [(reply.text, question.answer) for question, reply in zip(questions, found, strict=True)]
     return {
         "accuracy": float(credits.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
+        **raised,
         "f1": float(np.mean([token_f1(*pair) for pair in pairs])),
         "exact_match": float(np.mean([exact_match(*pair) for pair in pairs])),
         "n": len(questions),
@@ -171,7 +194,7 @@ def _greedy(model: nn.Module, after: Tensor, read: KVCache, most: int, ends: Col
 
 def _ids(tokenizer: Tokenizer, choice: str) -> list[int]:
     """A choice as the assistant's whole answer."""
-    return [*tokenizer.encode(choice), tokenizer.special[END_OF_TURN]]
+    return [*tokenizer.encode(choice), tokenizer.end_of_turn]
 
 
 def _strangers(questions: Sequence[Question], seed: int) -> list[str]:
@@ -185,12 +208,3 @@ def _strangers(questions: Sequence[Question], seed: int) -> list[str]:
             raise ValueError("random passages come from other documents, but all questions are about one; ask about two or more")
         chosen[place] = stranger.passage
     return [chosen[place] for place in range(len(questions))]
-
-
-def _rank_means(ranks: Sequence[int]) -> dict[str, float]:
-    found = np.array(ranks, dtype=np.float64)
-    return {
-        "recall_at_1": float(np.mean(found == 1)),
-        "recall_at_5": float(np.mean((found >= 1) & (found <= 5))),
-        "mrr": float(np.mean(np.divide(1, found, out=np.zeros_like(found), where=found > 0))),
-    }

@@ -15,18 +15,21 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from llm_from_scratch.model.cache import Cache
 from llm_from_scratch.model.causal import attend, attention_weights
 from llm_from_scratch.model.positions import cos_sin
-from llm_from_scratch.model.rung import Rung
+from llm_from_scratch.model.rung import Rung, past_of, places
 from llm_from_scratch.section import Section
 
 
 class LlamaParams(Section):
-    """`kv_heads` divides `heads`; `hidden` is the inside of the gated MLP; `qk_norm` makes it Qwen3-shaped."""
+    """`kv_heads` divides `heads`; `hidden` is the inside of the gated MLP; `qk_norm` makes it Qwen3-shaped.
+
+    `copying` is how strongly attention repeats what it reads before it has learned anything, see `start_copying`; 0 is not at all.
+    """
 
     architecture: Literal["llama"]
     context: PositiveInt
@@ -37,6 +40,7 @@ class LlamaParams(Section):
     hidden: PositiveInt
     rope_theta: PositiveFloat
     qk_norm: bool
+    copying: NonNegativeFloat
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        mixed: Tensor = self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        answers = attend(q, k, v, mask=None if cache is None else cache.mask)
+        mixed: Tensor = self.o_proj(answers.transpose(1, 2).flatten(2))
         return mixed
 
 
@@ -145,12 +150,12 @@ class Llama(Rung):
         self.lm_head = None if shape.tied else nn.Linear(shape.width, shape.vocab_size, bias=False)
         _initialise(self)
 
-    def embed(self, ids: Tensor, past: int) -> Tensor:
+    def embed(self, ids: Tensor, past: int | Tensor) -> Tensor:
         x: Tensor = self.model.embed_tokens(ids)
         return x
 
     def mix(self, x: Tensor, cache: Cache | None) -> Tensor:
-        cos, sin = self._turns(0 if cache is None else cache.length, x.size(1))
+        cos, sin = self.turns(past_of(cache), x.size(1))
         for layer, block in enumerate(self.model.layers):
             x = self.run(block, x, cos, sin, cache, layer)
         return x
@@ -168,7 +173,7 @@ class Llama(Rung):
     def attention_maps(self, ids: Tensor) -> Tensor:
         """The weights of one text, ids (T,) or (1, T), to (layers, H, T, T)."""
         x, maps = self.embed(ids.view(1, -1), 0), []
-        cos, sin = self._turns(0, x.size(1))
+        cos, sin = self.turns(0, x.size(1))
         for layer, block in enumerate(self.model.layers):
             assert isinstance(block, Block)
             q, k, _ = block.self_attn.project(block.input_layernorm(x), cos, sin)
@@ -176,8 +181,28 @@ class Llama(Rung):
             x = block(x, cos, sin, None, layer)
         return torch.stack(maps)
 
-    def _turns(self, past: int, T: int) -> tuple[Tensor, Tensor]:
-        return self.model.cos[past : past + T], self.model.sin[past : past + T]
+    def turns(self, past: int | Tensor, T: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of T tokens from `past` on: (T, 1, D), or (B, T, 1, D) where each row has its own."""
+        where = places(past, T)
+        return self.model.cos[where], self.model.sin[where]
+
+
+@torch.no_grad()
+def start_copying(model: Llama, strength: float) -> None:
+    """Let every layer begin by adding `strength` times the mean of what it reads, as far as its values have room for it.
+
+    The tied head turns that into a higher chance for each token that was read: copying, which from random weights takes more text to find
+    than a small model is ever shown. Only the start is set, everything learns on. It is the mimetic initialization of Trockman & Kolter
+    (2023) for values and outputs: the output is the transpose of the value, whose rows are orthonormal.
+    """
+    shape = model.shape
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        directions = torch.linalg.qr(torch.randn(shape.width, shape.kv_heads * shape.head_dim))[0]  # (C, G * D)
+        block.self_attn.v_proj.weight.copy_(directions.T)
+        shared = shape.heads // shape.kv_heads
+        each = directions.unflatten(1, (shape.kv_heads, shape.head_dim)).repeat_interleave(shared, 1)
+        block.self_attn.o_proj.weight.copy_(each.flatten(1) * strength / shared)
 
 
 def rotation_tables(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from llm_from_scratch.model.attention import Attention, AttentionParams
 from llm_from_scratch.model.bigram import Bigram, BigramParams
 from llm_from_scratch.model.gpt import Gpt, GptParams, GptShape
 from llm_from_scratch.model.huggingface import WEIGHTS
-from llm_from_scratch.model.llama import Llama, LlamaParams, LlamaShape
+from llm_from_scratch.model.llama import Llama, LlamaParams, LlamaShape, start_copying
 from llm_from_scratch.model.mlp import Mlp, MlpParams
 from llm_from_scratch.model.ngram import NGram, NgramParams
 from llm_from_scratch.model.rung import Rung
@@ -62,8 +62,11 @@ def build(params: ModelParams, vocab_size: int) -> Rung:
         case LlamaParams():
             if params.width % params.heads:
                 raise ValueError(f"width {params.width} is not a multiple of heads {params.heads}; every head needs the same share of it")
-            fields = params.model_dump(exclude={"architecture"}) | {"head_dim": params.width // params.heads}
-            return Llama(LlamaShape(vocab_size=vocab_size, tied=True, norm_eps=1e-6, **fields))
+            fields = params.model_dump(exclude={"architecture", "copying"}) | {"head_dim": params.width // params.heads}
+            llama = Llama(LlamaShape(vocab_size=vocab_size, tied=True, norm_eps=1e-6, **fields))
+            if params.copying:
+                start_copying(llama, params.copying)
+            return llama
         case NgramParams():
             raise ValueError("an ngram has nothing to build before it has read a text; NGram.train counts one")
 
@@ -113,7 +116,12 @@ def import_state(model: Rung, tensors: Mapping[str, Tensor]) -> None:
 def save_model(model: Rung | NGram, folder: Path, eot: int, end: int | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors. A chat model also stops at `end`, the end of a message."""
     generation = {"bos_token_id": eot, "eos_token_id": eot if end is None else [eot, end], "pad_token_id": eot}
-    _write_json(folder / CONFIG, config_of(model, eot))
+    save_as(model, folder, config_of(model, eot), generation)
+
+
+def save_as(model: Rung | NGram, folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """The same with config.json and generation_config.json as they are given."""
+    _write_json(folder / CONFIG, config)
     _write_json(folder / GENERATION, generation)
     save_tensors(folder / WEIGHTS, export_state(model))
 

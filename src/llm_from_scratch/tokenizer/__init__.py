@@ -1,6 +1,7 @@
-"""Tokenizers: characters, byte pairs trained here, or GPT-2's own; all saved as the files Hugging Face reads.
+"""Tokenizers: characters, byte pairs trained here, GPT-2's own, or those of imported models; all saved as the files Hugging Face reads.
 
-`train` makes one or `read_gpt2` takes over the published one, `save` writes it, `load` reads it back from tokenizer.json alone.
+`train` makes one or `read_gpt2` takes over the published one, `save` writes it, `load` reads it back from tokenizer.json alone (an imported
+one from tokenizer_config.json too).
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from llm_from_scratch.tokenizer.bpe import BYTE_ORDER, BpeTokenizer, Progress, q
 from llm_from_scratch.tokenizer.char import CharTokenizer, train_char
 from llm_from_scratch.tokenizer.export import digest
 from llm_from_scratch.tokenizer.gpt2 import read_gpt2
+from llm_from_scratch.tokenizer.imported import ImportedTokenizer, is_imported, read_imported
 
 __all__ = [
     "SPECIAL",
     "BpeTokenizer",
     "CharTokenizer",
+    "ImportedTokenizer",
     "TokenizeParams",
     "Tokenizer",
     "digest",
     "load",
     "printable",
     "read_gpt2",
+    "read_imported",
     "train",
 ]
 
@@ -43,7 +47,8 @@ class TokenizeParams(Section):
 
     `vocabulary_from` is the source whose documents the vocabulary is learned from or, for gpt2, the one that holds its files. `vocab_size`
     counts all tokens; it is 0 where nobody can choose: characters are as many as the corpus has, GPT-2's tokens as many as published.
-    `workers` encode: the cores of this machine, or the nodes of a Ray cluster.
+    `workers` encode: the cores of this machine, or the nodes of a Ray cluster. With `lessons` the corpus' entries also become lessons in
+    reading, for the rungs that take some.
     """
 
     corpus: str
@@ -51,6 +56,7 @@ class TokenizeParams(Section):
     vocabulary_from: str
     vocab_size: int
     workers: Literal["local", "ray"]
+    lessons: bool
 
     @model_validator(mode="after")
     def _size_fits_kind(self) -> Self:
@@ -82,11 +88,13 @@ def train(params: TokenizeParams, texts: Iterable[str], progress: Progress = qui
             raise ValueError("GPT-2's tokenizer is not trained but read; read_gpt2 takes the folder of its files")
 
 
-def load(folder: Path) -> CharTokenizer | BpeTokenizer:
+def load(folder: Path) -> CharTokenizer | BpeTokenizer | ImportedTokenizer:
     """The tokenizer saved in `folder`, whatever its kind. Raises BundleError where the file is missing, damaged or somebody else's.
 
-    The check is whole: what was read must be exactly what the tokenizer made of it would write.
+    The check of ours is whole: what was read must be exactly what the tokenizer made of it would write.
     """
+    if is_imported(folder):
+        return read_imported(folder)
     document = export.read(folder)
     try:
         found = READERS[document["model"]["type"]](document)

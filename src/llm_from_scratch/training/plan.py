@@ -54,12 +54,26 @@ class Plan(Section):
         return warmup
 
 
+class LessonParams(Section):
+    """Lessons in reading: all of the `first` steps, and of the others evenly spread a `share`, each on `batch` conversations."""
+
+    first: Annotated[int, Field(ge=0)]
+    share: Share
+    batch: Positive
+
+    @property
+    def some(self) -> bool:
+        """Whether there is any at all: an overlay can only turn numbers."""
+        return self.first > 0 or self.share > 0
+
+
 class TrainParams(Plan):
-    """One neural rung: its tokens, its model, its plan."""
+    """One neural rung: its tokens, its model, its plan, and, where the tokens have some, its lessons in reading."""
 
     tokens: str
     evaluate_tokens: Annotated[int, Field(ge=0)]
     model: ModelParams
+    lessons: LessonParams | None
 
     @field_validator("model")
     @classmethod

@@ -1,0 +1,170 @@
+"""What teaches a small model to read? The recipe of `base`, and the same with one ingredient taken out, or with less time.
+
+python -m benchmarks.reading --project FOLDER   (where make repro has run; --variants names fewer, --keep goes on after a break)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import table
+from llm_from_scratch import bundle, config, tokenizer
+from llm_from_scratch.data.chat import PASSAGE_CHARACTERS, ChatRecord, records
+from llm_from_scratch.data.documents import Document, read_documents
+from llm_from_scratch.data.lessons import lessons
+from llm_from_scratch.data.questions import Question, questions
+from llm_from_scratch.data.shards import Shards, open_shards
+from llm_from_scratch.evaluation import EvaluateParams
+from llm_from_scratch.evaluation.likelihood import score
+from llm_from_scratch.evaluation.retrieval import question_answering
+from llm_from_scratch.model import registry
+from llm_from_scratch.model.llama import LlamaParams
+from llm_from_scratch.tokenizer import Tokenizer
+from llm_from_scratch.tokenizer.chat import render
+from llm_from_scratch.training.batches import Batches, conversations, in_turn, shifted, windows
+from llm_from_scratch.training.loop import fit, next_token
+from llm_from_scratch.training.plan import LessonParams, TrainParams
+from stages.__main__ import read_yaml
+
+Lessons = Callable[[Sequence[Document]], list[ChatRecord]]
+CONDITIONS = ("none", "oracle")
+NOTES = [
+    "All rows are the base model before any fine-tuning, asked evaluate's held-out questions; one seed, so a few points mean little.",
+    "`no copying start` has attention begin with random values and no output, as usual; `descriptions alone` asks nothing but what the "
+    "entry is; `lessons not first` spreads as many lessons evenly over the steps; `text alone` has no lessons.",
+    "`by what it changes` chooses by how much the passage raised each choice's likelihood (pointwise mutual information), so that what was "
+    "likely anyway does not count. `bits per byte` is of the held-out text: what the lessons cost the model as a writer.",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `base` is trained, and from which lessons."""
+
+    rung: TrainParams
+    lessons: Lessons
+
+    def told(self, **changes: Any) -> Recipe:
+        assert self.rung.lessons is not None
+        return replace(self, rung=self.rung.model_copy(update={"lessons": self.rung.lessons.model_copy(update=changes)}))
+
+    def with_model(self, **changes: Any) -> Recipe:
+        return replace(self, rung=self.rung.model_copy(update={"model": self.rung.model.model_copy(update=changes)}))
+
+    def shorter(self, share: float) -> Recipe:
+        """As many of all its steps."""
+        assert self.rung.lessons is not None
+        made = self.told(first=round(self.rung.lessons.first * share))
+        return replace(made, rung=made.rung.model_copy(update={"steps": round(self.rung.steps * share)}))
+
+
+def exercises(documents: Sequence[Document], characters: int = PASSAGE_CHARACTERS) -> list[ChatRecord]:
+    return lessons(documents, 1, characters)
+
+
+def descriptions(documents: Sequence[Document]) -> list[ChatRecord]:
+    """What fine-tuning has: a passage, and the one question what its entry is."""
+    return [record for record in records(documents, 1) if record["kind"] == "read"]
+
+
+def variants(ours: Recipe) -> dict[str, Recipe]:
+    assert isinstance(ours.rung.model, LlamaParams)
+    taught = ours.rung.lessons
+    assert taught is not None
+    steps = taught.first + (ours.rung.steps - taught.first) * taught.share
+    return {
+        "recipe": ours,
+        "no copying start": ours.with_model(copying=0.0),
+        "descriptions alone": replace(ours, lessons=descriptions),
+        "lessons not first": ours.told(first=0, share=steps / ours.rung.steps),
+        "passages of 400 characters": replace(ours, lessons=partial(exercises, characters=400)),
+        "text alone": ours.told(first=0, share=0.0),
+        "half the time": ours.shorter(0.5),
+        "a quarter": ours.shorter(0.25),
+        "an eighth": ours.shorter(0.125),
+    }
+
+
+def main() -> None:
+    parser = table.parser(__doc__ or "")
+    parser.add_argument("--project", type=Path, required=True, metavar="FOLDER", help="where make repro has run")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON of the rows that are done; those in it are not made again")
+    arguments = parser.parse_args()
+    params = config.parse(read_yaml(arguments.project / "params.yaml"), "params.yaml")
+    rung = params.train["base"]
+    assert isinstance(rung, TrainParams)
+    if rung.lessons is None:
+        parser.error("train.base of this project takes no lessons; give one whose params.yaml has them")
+    if arguments.quick:
+        few = LessonParams(first=2, share=0.5, batch=2)
+        rung = rung.model_copy(update={"steps": 8, "batch": 2, "warmup_steps": 1, "lessons": few, "evaluate_tokens": 2000})
+    evaluate = params.evaluate.model_copy(update={"questions": 8, "answer_tokens": 2}) if arguments.quick else params.evaluate
+
+    tokens, corpus = arguments.project / "artifacts/tokens" / rung.tokens, arguments.project / "artifacts/raw" / params.index.documents
+    bundle.verify(tokens, "tokens")
+    shards, words = open_shards(tokens), tokenizer.load(tokens)
+    train, held_out = (list(read_documents(corpus, split)) for split in ("train", "validation"))
+    asked = questions(held_out, evaluate.questions, evaluate.choices, evaluate.seed)
+    kept: dict[str, Any] = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {}
+    for name, recipe in variants(Recipe(rung, exercises)).items():
+        if name in kept or (arguments.variants and name not in arguments.variants):
+            continue
+        kept[name] = {"variant": name, **measured(recipe, shards, train, words, asked, evaluate)}
+        if arguments.keep:
+            arguments.keep.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    table.write(
+        arguments.out,
+        "reading",
+        "Reading: choosing the right of four descriptions without and with the passage, one ingredient taken out at a time",
+        list(kept.values()),
+        {"questions": len(asked), "seed": rung.seed, "recipe": rung.model_dump(include={"steps", "batch", "context", "lessons", "model"})},
+        NOTES,
+    )
+
+
+def measured(
+    recipe: Recipe, shards: Shards, documents: Sequence[Document], words: Tokenizer, asked: Sequence[Question], evaluate: EvaluateParams
+) -> dict[str, float]:
+    """One row: a model trained by the recipe, its text and its answers."""
+    rung = recipe.rung
+    torch.manual_seed(rung.seed)
+    model = registry.build(rung.model, words.vocab_size)
+    plan = rung.model_copy(update={"evaluate_every": rung.steps, "checkpoint_every": rung.steps})
+    fitted = fit(model, batches(recipe, shards, documents, words), next_token, plan, progress=True)
+    text = score(model, shards.val[: rung.evaluate_tokens or None], words.token_bytes(), rung.context, rung.batch)
+    # Only conditions without search are asked, so no index is opened.
+    found = question_answering(model, words, None, asked, evaluate, CONDITIONS)  # type: ignore[arg-type]
+    none, oracle = found["none"], found["oracle"]
+    return {
+        "steps": rung.steps,
+        "seconds": round(fitted.seconds, 1),
+        "none": none["accuracy"],
+        "with the passage": oracle["accuracy"],
+        "lift": oracle["accuracy"] - none["accuracy"],
+        "by what it changes": oracle["accuracy_pmi"],
+        "F1": oracle["f1"],
+        "bits per byte": text.val_bpb,
+    }
+
+
+def batches(recipe: Recipe, shards: Shards, documents: Sequence[Document], words: Tokenizer) -> Batches:
+    """As stages/train.py makes them."""
+    rung, taught = recipe.rung, recipe.rung.lessons
+    text = windows(shards.train, rung.context, rung.batch, rung.seed)
+    if taught is None or not taught.some:
+        return text
+    rendered = (render(record["messages"], words, prompt=False) for record in recipe.lessons(documents))
+    pairs = [shifted(torch.tensor(ids), torch.tensor(learned)) for ids, learned in rendered if len(ids) <= rung.context + 1]
+    return in_turn(text, conversations(pairs, taught.batch, words.eot, rung.seed), taught.first, taught.share)
+
+
+if __name__ == "__main__":
+    main()
