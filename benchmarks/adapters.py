@@ -40,7 +40,6 @@ from llm_from_scratch.model.llama import LlamaParams
 from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.retrieval.rag import fit_passages
 from llm_from_scratch.tokenizer import Tokenizer
-from llm_from_scratch.tokenizer.base import END_OF_TURN
 from llm_from_scratch.tokenizer.bpe import train_bpe
 from llm_from_scratch.tokenizer.chat import render
 from llm_from_scratch.training.loop import fit
@@ -230,7 +229,7 @@ def prepare(folder: Path, arguments: Any, told: Any, seed: int) -> Lesson:
 
 def standing(model: Any, lesson: Lesson) -> dict[str, float]:
     """Where a model stands on what was held out."""
-    words, end = lesson.words, lesson.words.special[END_OF_TURN]
+    words, end = lesson.words, lesson.words.end_of_turn
     choices = [[[*words.encode(choice), end] for choice in question.choices] for question in lesson.asked]
     room = model.context - max(ANSWER_TOKENS, *(len(ids) for offered in choices for ids in offered))
     prompts = [asked(question, words, room) for question in lesson.asked]
@@ -308,7 +307,16 @@ def toy(folder: Path) -> None:
     torch.manual_seed(0)
     words = train_bpe([text for _, text in topics], 300)
     shape = LlamaParams(
-        architecture="llama", context=256, width=64, layers=1, heads=2, kv_heads=1, hidden=64, rope_theta=10000.0, qk_norm=False
+        architecture="llama",
+        context=256,
+        width=64,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        hidden=64,
+        rope_theta=10000.0,
+        qk_norm=False,
+        copying=0.0,
     )
     model = registry.build(shape, words.vocab_size).eval()
     with bundle.writing(folder / "models" / "base") as new:

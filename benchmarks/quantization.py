@@ -27,7 +27,16 @@ from llm_from_scratch.model.llama import LlamaParams
 
 EOT = 0
 LARGE = LlamaParams(
-    architecture="llama", context=256, width=768, layers=4, heads=12, kv_heads=12, hidden=2048, rope_theta=10000.0, qk_norm=False
+    architecture="llama",
+    context=256,
+    width=768,
+    layers=4,
+    heads=12,
+    kv_heads=12,
+    hidden=2048,
+    rope_theta=10000.0,
+    qk_norm=False,
+    copying=0.0,
 )
 DEEP = LARGE.model_copy(update={"width": 512, "layers": 8, "heads": 8, "kv_heads": 8, "hidden": 1536})
 TOY = LARGE.model_copy(update={"context": 64, "width": 64, "layers": 2, "heads": 2, "kv_heads": 2, "hidden": 128})

@@ -20,7 +20,7 @@ from llm_from_scratch.training.loop import Log, fit, next_token, quiet
 from llm_from_scratch.training.plan import Plan
 
 MODEL = LlamaParams(
-    architecture="llama", context=64, width=128, layers=4, heads=4, kv_heads=1, hidden=344, rope_theta=10000.0, qk_norm=False
+    architecture="llama", context=64, width=128, layers=4, heads=4, kv_heads=1, hidden=344, rope_theta=10000.0, qk_norm=False, copying=0.0
 )
 PLAN = Plan(
     seed=1,

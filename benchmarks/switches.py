@@ -72,7 +72,7 @@ def told(shape: dict[str, int], switched: dict[str, Any]) -> TrainParams:
 
 def model_params(shape: dict[str, int]) -> LlamaParams:
     sizes = {name: shape[name] for name in ("context", "width", "layers", "heads", "hidden")}
-    return LlamaParams(architecture="llama", kv_heads=shape["heads"], rope_theta=10000.0, qk_norm=False, **sizes)
+    return LlamaParams(architecture="llama", kv_heads=shape["heads"], rope_theta=10000.0, qk_norm=False, copying=0.0, **sizes)
 
 
 def adamw(**kind: bool) -> Callable[[list[Parameter]], Move]:

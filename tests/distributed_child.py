@@ -46,7 +46,9 @@ PLAN: dict[str, Any] = {
     "evaluate_every": 1,
     "checkpoint_every": 3,
 }
-LLAMA = LlamaParams(architecture="llama", context=16, width=16, layers=2, heads=4, kv_heads=2, hidden=40, rope_theta=10000.0, qk_norm=False)
+LLAMA = LlamaParams(
+    architecture="llama", context=16, width=16, layers=2, heads=4, kv_heads=2, hidden=40, rope_theta=10000.0, qk_norm=False, copying=0.0
+)
 GPT = GptParams(architecture="gpt", context=16, width=16, layers=2, heads=2, dropout=0.0)
 VOCABULARY = 51  # odd, so that no two processes hold equally many rows of the embedding
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ from llm_from_scratch.bundle import BundleError
 from llm_from_scratch.inference.decoding import last_logits
 from llm_from_scratch.inference.engine import Engine, Piece, PromptTooLong
 from llm_from_scratch.inference.kv_cache import CacheFull, KVCache
-from llm_from_scratch.inference.sampling import Sampling, generate, nucleus, penalized, pick, probabilities
+from llm_from_scratch.inference.sampling import Sampling, discouraged, generate, log_probability, nucleus, penalized, pick, probabilities
 from llm_from_scratch.inference.streaming import TextStream
 from llm_from_scratch.model.attention import AttentionParams
 from llm_from_scratch.model.bigram import Bigram, BigramParams
@@ -34,7 +35,16 @@ VOCAB = 37
 EOT = 36
 CONTEXT = 16
 LLAMA = LlamaParams(
-    architecture="llama", context=CONTEXT, width=16, layers=2, heads=4, kv_heads=2, hidden=24, rope_theta=10000.0, qk_norm=False
+    architecture="llama",
+    context=CONTEXT,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    hidden=24,
+    rope_theta=10000.0,
+    qk_norm=False,
+    copying=0.0,
 )
 CACHED = {
     "llama": LLAMA,
@@ -88,21 +98,73 @@ def test_a_penalty_makes_what_was_said_less_likely_whatever_its_sign() -> None:
     assert penalized(torch.tensor([2.0]), 2.0, []).tolist() == [2.0]
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "penalty"), [(0, 1.0, 1.0), (5, 1.0, 1.0), (0, 0.8, 1.0), (0, 1.0, 1.7), (9, 0.6, 1.3)])
-def test_the_same_settings_mean_the_same_distribution_as_in_transformers(top_k: int, top_p: float, penalty: float) -> None:
-    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "penalty"),
+    [
+        (0, 1.0, 0.0, 1.0),
+        (5, 1.0, 0.0, 1.0),
+        (0, 0.8, 0.0, 1.0),
+        (0, 1.0, 0.0, 1.7),
+        (0, 1.0, 0.1, 1.0),
+        (9, 0.6, 0.0, 1.3),
+        (20, 0.95, 0.2, 1.1),
+    ],
+)
+def test_the_same_settings_mean_the_same_distribution_as_in_transformers(top_k: int, top_p: float, min_p: float, penalty: float) -> None:
+    import transformers as peer
 
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         logits = 3 * torch.randn(VOCAB, generator=generator)
         history = torch.randint(0, VOCAB, (1, 8), generator=generator)
-        theirs = RepetitionPenaltyLogitsProcessor(penalty)(history, logits[None])
-        theirs = TemperatureLogitsWarper(0.7)(history, theirs)
-        theirs = TopKLogitsWarper(top_k)(history, theirs) if top_k else theirs
-        theirs = TopPLogitsWarper(top_p)(history, theirs) if top_p < 1 else theirs
-        sampling = Sampling(temperature=0.7, max_tokens=1, top_k=top_k, top_p=top_p)
+        theirs = peer.RepetitionPenaltyLogitsProcessor(penalty)(history, logits[None])
+        theirs = peer.TemperatureLogitsWarper(0.7)(history, theirs)
+        theirs = peer.TopKLogitsWarper(top_k)(history, theirs) if top_k else theirs
+        theirs = peer.TopPLogitsWarper(top_p)(history, theirs) if top_p < 1 else theirs
+        theirs = peer.MinPLogitsWarper(min_p)(history, theirs) if min_p else theirs
+        sampling = Sampling(temperature=0.7, max_tokens=1, top_k=top_k, top_p=top_p, min_p=min_p)
         ours = probabilities(penalized(logits, penalty, history[0].tolist()), sampling)
         assert torch.allclose(ours, theirs[0].softmax(-1), atol=1e-6)
+
+
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_transformers_however_flat_it_is() -> None:
+    from transformers import TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(1)
+    for spread in (0.1, 1.0, 8.0):  # thousands of tokens, hundreds, a few
+        logits = spread * torch.randn(5000, generator=generator)
+        theirs = TopPLogitsWarper(0.9)(torch.tensor([[0]]), logits[None])[0]
+        different = (nucleus(logits, 0.9).isinf() != theirs.isinf()).sum()
+        assert different <= 1  # sums in another order: where the mass is met, one token may be in or out
+
+
+def test_a_bias_is_that_of_transformers_and_comes_before_the_penalty() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+
+    logits = torch.tensor([1.0, 0.5, -1.0, 0.2])
+    history = torch.tensor([[1, 2]])
+    for biases in ({0: -2.0}, {2: 2.5, 1: -0.3}, {3: 100.0}):
+        theirs = SequenceBiasLogitsProcessor({(token,): value for token, value in biases.items()})(history, logits[None])
+        theirs = RepetitionPenaltyLogitsProcessor(2.0)(history, theirs)
+        sampling = Sampling(temperature=0, max_tokens=1, repetition_penalty=2.0, logit_bias=tuple(biases.items()))
+        assert pick(logits, sampling, torch.Generator(), [1, 2]) == int(theirs.argmax())
+
+
+def test_openai_penalties_count_what_was_generated_and_not_the_prompt() -> None:
+    logits = torch.tensor([2.0, 1.9, 0.0, 0.0])
+    assert discouraged(logits, 0.25, 0.5, [0, 0, 2]).tolist() == pytest.approx([0.75, 1.9, -0.75, 0.0])
+    sampling = Sampling(temperature=0, max_tokens=1, presence_penalty=0.2)
+    assert pick(logits, sampling, torch.Generator(), [0, 0], prompt=2) == 0
+    assert pick(logits, sampling, torch.Generator(), [0, 0], prompt=1) == 1
+
+
+def test_a_log_probability_is_of_the_logits_as_they_came_and_its_alternatives_are_the_likeliest() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.7]).log() + 5
+    found = log_probability(logits, 1, top=2)
+    assert (found.token_id, [token for token, _ in found.top]) == (1, [2, 1])
+    assert found.logprob == pytest.approx(math.log(0.2), abs=1e-6)
+    assert [value for _, value in found.top] == pytest.approx([math.log(0.7), math.log(0.2)], abs=1e-6)
+    assert log_probability(logits, 0, top=0).top == ()
 
 
 def test_what_is_drawn_often_is_what_is_likely() -> None:
@@ -129,6 +191,12 @@ def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_nearly_does() -> No
         ("top_p", 0.0, "above 0"),
         ("top_p", 1.1, "at most 1"),
         ("repetition_penalty", 0.0, "above 0"),
+        ("min_p", 1.5, "from 0"),
+        ("presence_penalty", float("inf"), "a number"),
+        ("frequency_penalty", float("nan"), "a number"),
+        ("logit_bias", ((-1, 2.0),), "a token id and a number"),
+        ("logit_bias", {3: 2.0}, "a tuple of pairs"),
+        ("logprobs", -1, "from 0 up"),
         ("stop", ("",), "none of them empty"),
         ("stop", "END", "a tuple of strings"),
         ("seed", -1, "from 0"),

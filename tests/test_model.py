@@ -23,7 +23,9 @@ from llm_from_scratch.model.registry import LADDER, ModelParams, build, paramete
 from llm_from_scratch.model.rung import Rung
 
 V = 23
-LLAMA = LlamaParams(architecture="llama", context=16, width=24, layers=2, heads=4, kv_heads=2, hidden=40, rope_theta=10000.0, qk_norm=False)
+LLAMA = LlamaParams(
+    architecture="llama", context=16, width=24, layers=2, heads=4, kv_heads=2, hidden=40, rope_theta=10000.0, qk_norm=False, copying=0.0
+)
 RUNGS: dict[str, ModelParams] = {
     "bigram": BigramParams(architecture="bigram"),
     "mlp": MlpParams(architecture="mlp", window=3, width=8, hidden=16),
@@ -53,6 +55,9 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 class GrowingCache:
     """The obvious cache: a list a layer, one more piece each time."""
+
+    lengths = None
+    mask = None
 
     def __init__(self) -> None:
         self.length = 0

@@ -23,7 +23,9 @@ from llm_from_scratch.model.registry import ModelParams, build, export_state, im
 from llm_from_scratch.model.rung import Rung
 
 V, EOT = 37, 36
-LLAMA = LlamaParams(architecture="llama", context=32, width=32, layers=2, heads=4, kv_heads=2, hidden=48, rope_theta=5000.0, qk_norm=False)
+LLAMA = LlamaParams(
+    architecture="llama", context=32, width=32, layers=2, heads=4, kv_heads=2, hidden=48, rope_theta=5000.0, qk_norm=False, copying=0.0
+)
 GPT = GptParams(architecture="gpt", context=32, width=32, layers=2, heads=4, dropout=0.1)
 FAMILIES: dict[str, ModelParams] = {"gpt": GPT, "llama": LLAMA, "qwen3": LLAMA.model_copy(update={"qk_norm": True})}
 OURS: dict[str, ModelParams] = {

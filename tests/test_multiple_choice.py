@@ -39,7 +39,7 @@ RUNGS: dict[str, Any] = {
     "attention": AttentionParams(architecture="attention", context=48, width=24, layers=1, heads=3),
     "gpt": GptParams(architecture="gpt", context=48, width=24, layers=2, heads=3, dropout=0.1),
     "llama": LlamaParams(
-        architecture="llama", context=48, width=32, layers=2, heads=4, kv_heads=2, hidden=48, rope_theta=1e4, qk_norm=False
+        architecture="llama", context=48, width=32, layers=2, heads=4, kv_heads=2, hidden=48, rope_theta=1e4, qk_norm=False, copying=0.0
     ),
 }
 

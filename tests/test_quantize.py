@@ -50,7 +50,7 @@ EIGHT_BITS = ("int8", "int8_dynamic", "int8_weight")
 SAME_KERNEL = ("bf16", "int8", "nf4")
 """Schemes that transformers multiplies by as we do."""
 LLAMA = LlamaParams(
-    architecture="llama", context=32, width=64, layers=2, heads=4, kv_heads=2, hidden=128, rope_theta=10000.0, qk_norm=False
+    architecture="llama", context=32, width=64, layers=2, heads=4, kv_heads=2, hidden=128, rope_theta=10000.0, qk_norm=False, copying=0.0
 )
 SHAPES = {
     "llama": LLAMA,

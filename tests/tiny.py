@@ -41,7 +41,16 @@ def tiny_model(folder: Path, seed: int = 0, context: int = CONTEXT) -> Path:
         words = tiny_tokenizer(partial)
         torch.manual_seed(seed)
         shape = LlamaParams(
-            architecture="llama", context=context, width=32, layers=2, heads=4, kv_heads=2, hidden=64, rope_theta=10000.0, qk_norm=False
+            architecture="llama",
+            context=context,
+            width=32,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            hidden=64,
+            rope_theta=10000.0,
+            qk_norm=False,
+            copying=0.0,
         )
         model = registry.build(shape, words.vocab_size)
         with torch.no_grad():

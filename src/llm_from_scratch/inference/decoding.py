@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,22 @@ def last_logits(model: nn.Module, ids: Sequence[int], cache: Cache | None = None
 
 
 @contextmanager
+def number_of_threads(model: nn.Module, tokens: int) -> Iterator[None]:
+    """One thread inside, where a forward over `tokens` is made of products so small that another would not have woken up before they are
+    done; as many as there were otherwise, and outside.
+    """
+    before = torch.get_num_threads()
+    if before == 1 or not _is_small(model, tokens):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and outside what it was: a model may be asked for a sample in the middle of its training."""
     if not model.training:
@@ -82,3 +99,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+SMALL_WEIGHT, SMALL_PRODUCT = 2**17, 2**20
+"""Numbers in a matrix, and multiplications with it, up to which one core is faster than two; half a megabyte is in its cache."""
+
+
+def _is_small(model: nn.Module, tokens: int) -> bool:
+    """By the mean size of the matrices in the blocks: tied or not, the head is one of many."""
+    shape: Any = model.shape
+    weight: int = shape.width * max(shape.width, shape.hidden)
+    return weight <= SMALL_WEIGHT and weight * tokens <= SMALL_PRODUCT

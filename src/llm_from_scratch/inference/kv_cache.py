@@ -3,11 +3,17 @@
 All memory is taken at the start and never grows: a request that cannot fit fails at once, not in the middle. What it cannot do is
 drop its oldest tokens, because the positions are already rotated into the keys; `decoding` starts a new one instead.
 
-Shapes: L layers, B batch, G key/value heads, T tokens, D head dimension.
+`KVCache` holds texts of one length, side by side. `SlotCache` holds texts of any lengths, each in a slot of its own that the next text
+takes over, and a forward reads some of its rows (`SlotRows`). Attention runs over whole blocks of BLOCK tokens there: what is masked adds
+exact zeros, and no sum is cut at another place because a neighbour is longer, so a row's answer has the same bits whoever is beside it.
+
+Shapes: L layers, B batch, G key/value heads, T tokens, S places (whole blocks), D head dimension.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +22,9 @@ from torch import Tensor, nn
 from llm_from_scratch.model.gpt import GptShape
 from llm_from_scratch.model.llama import LlamaShape
 
+BLOCK = 64
+"""Tokens that attention over slots is rounded up to."""
+
 
 class CacheFull(ValueError):
     """More tokens than the cache was made for."""
@@ -23,6 +32,9 @@ class CacheFull(ValueError):
 
 class KVCache:
     """A `model.cache.Cache` of fixed capacity. `length` tokens are stored; all layers write at `length` until `advance`."""
+
+    lengths: None = None
+    mask: None = None
 
     def __init__(
         self,
@@ -43,12 +55,8 @@ class KVCache:
     @classmethod
     def of(cls, model: nn.Module, capacity: int, batch: int = 1) -> KVCache:
         """An empty one that fits `model`, a gpt or llama. Wrapped ones (peft's) fit too, because only `shape` is asked."""
-        shape: Any = model.shape
-        weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-        if isinstance(shape, LlamaShape):
-            return cls(shape.layers, batch, shape.kv_heads, capacity, shape.head_dim, weight.dtype, weight.device)
-        assert isinstance(shape, GptShape)
-        return cls(shape.layers, batch, shape.heads, capacity, shape.width // shape.heads, weight.dtype, weight.device)
+        layers, kv_heads, head_dim, dtype, device = _shape_of(model)
+        return cls(layers, batch, kv_heads, capacity, head_dim, dtype, device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, T, D) after the tokens so far; all of that layer's, each (B, G, length + T, D). Raises CacheFull."""
@@ -66,3 +74,89 @@ class KVCache:
     def clear(self) -> None:
         """Forget everything; the memory stays."""
         self.length = 0
+
+
+class SlotCache:
+    """`slots` texts of up to `capacity` tokens each. `lengths` says how many tokens of each are stored: setting one to 0 frees its slot.
+
+    Keys and values are (L, slots, S, G, D), so that a token's are side by side and are written in one piece.
+    """
+
+    def __init__(self, model: nn.Module, slots: int, capacity: int) -> None:
+        layers, kv_heads, head_dim, dtype, device = _shape_of(model)
+        self.slots, self.capacity = slots, capacity
+        self.lengths = [0] * slots
+        self.room = BLOCK * math.ceil(capacity / BLOCK)
+        shape = (layers, slots, self.room, kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.device, self.dtype = device, dtype
+
+    def rows(self, first: int, count: int, tokens: int, reading: Collection[int]) -> SlotRows:
+        """For one forward of `tokens` new tokens in each of `count` slots from `first` on. Those in `reading` keep them, the others only
+        fill up the batch: they stay as long as they were. Raises CacheFull.
+        """
+        if reading and (end := max(self.lengths[slot] for slot in reading) + tokens) > self.capacity:
+            raise CacheFull(f"KV cache: {end} tokens, but a slot was made for {self.capacity}; give slots more room or start again")
+        return SlotRows(self, first, count, tokens, reading)
+
+    def move(self, source: int, target: int) -> None:
+        """The text in slot `source` goes on in slot `target`, and `source` is free."""
+        length = self.lengths[source]
+        for stored in (*self.keys, *self.values):
+            stored[target, :length] = stored[source, :length]
+        self.lengths[target], self.lengths[source] = length, 0
+
+
+class SlotRows:
+    """Some slots of a SlotCache as a `model.cache.Cache`, for one forward. Index tensors and mask are made once for all layers."""
+
+    def __init__(self, cache: SlotCache, first: int, count: int, tokens: int, reading: Collection[int]) -> None:
+        self._cache, self._first, self._count, self._reading = cache, first, count, reading
+        # A row that only fills up writes where its next token will overwrite it; near the end of its slot it must not write beyond.
+        starts = [min(length, cache.capacity - tokens) for length in cache.lengths[first : first + count]]
+        self.length = max(starts)
+        self.lengths: Tensor | None = None
+        self.mask: Tensor | None = None
+        if cache.slots == 1 and tokens == 1:  # alone in its cache for good, so no block has to be filled up
+            self._places = self.length + 1
+            return
+        self._places = BLOCK * math.ceil((self.length + tokens) / BLOCK)
+        lengths = torch.tensor(starts, device=cache.device)[:, None]
+        positions = lengths + torch.arange(tokens, device=cache.device)
+        later = torch.arange(self._places, device=cache.device) > positions[:, None, :, None]
+        self.mask = torch.zeros(later.shape, dtype=cache.dtype, device=cache.device).masked_fill_(later, -math.inf)
+        if count > 1:
+            self.lengths = lengths
+            offsets = torch.arange(first, first + count, device=cache.device)[:, None] * cache.room
+            self._targets = (positions + offsets).flatten()
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k, v (B, T, G, D); all of that layer's, each (B, G, S, D)."""
+        return self._put(self._cache.keys[layer], k), self._put(self._cache.values[layer], v)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of k, v (B, G, T, D)."""
+        return self.put(layer, k.transpose(1, 2), v.transpose(1, 2))
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in the rows that were read."""
+        for slot in self._reading:
+            self._cache.lengths[slot] += tokens
+
+    def _put(self, stored: Tensor, new: Tensor) -> Tensor:
+        if self._count == 1:
+            stored[self._first, self.length : self.length + new.size(1)] = new[0]
+        else:
+            stored.flatten(0, 1).index_copy_(0, self._targets, new.flatten(0, 1))
+        return stored[self._first : self._first + self._count, : self._places].transpose(1, 2)
+
+
+def _shape_of(model: nn.Module) -> tuple[int, int, int, torch.dtype, torch.device]:
+    """Layers, key/value heads, head dimension, and where and in what they are computed. Only `shape` is asked, so wrapped models fit."""
+    shape: Any = model.shape
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    if isinstance(shape, LlamaShape):
+        return shape.layers, shape.kv_heads, shape.head_dim, weight.dtype, weight.device
+    assert isinstance(shape, GptShape)
+    return shape.layers, shape.heads, shape.width // shape.heads, weight.dtype, weight.device

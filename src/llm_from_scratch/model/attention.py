@@ -104,7 +104,7 @@ class Attention(Rung):
         with torch.no_grad():
             self.positions.weight.copy_(waves(params.context, params.width))
 
-    def embed(self, ids: Tensor, past: int) -> Tensor:
+    def embed(self, ids: Tensor, past: int | Tensor) -> Tensor:
         x: Tensor = self.tokens(ids) + self.positions.weight[: ids.size(1)]
         return x
 

@@ -32,7 +32,7 @@ class Bigram(Rung):
         self.table = nn.Embedding(vocab_size, vocab_size)
         nn.init.zeros_(self.table.weight)  # every token equally likely
 
-    def embed(self, ids: Tensor, past: int) -> Tensor:
+    def embed(self, ids: Tensor, past: int | Tensor) -> Tensor:
         row: Tensor = self.table(ids)
         return row
 

@@ -12,15 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """q (B, H, T, D), k and v (B, K, S, D) to (B, H, T, D): each query sees the keys up to its own place.
+
+    Where rows differ in length, `mask` (B, 1, T, S) says it instead: it is added to the scores, 0 or -inf.
 
     `is_causal` puts its triangle at the upper left corner, which is wrong once S > T: there the mask is built by hand.
     """
     T, S = q.size(-2), k.size(-2)
-    mask = _visible(T, S, q.device) if 1 < T < S else None
+    causal = mask is None and T == S
+    if mask is None and 1 < T < S:
+        mask = _visible(T, S, q.device)
     grouped = q.size(1) != k.size(1)
-    answers: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S, enable_gqa=grouped)
+    answers: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
     return answers
 
 

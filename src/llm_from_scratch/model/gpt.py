@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llm_from_scratch.model.cache import Cache
 from llm_from_scratch.model.causal import attend, attention_weights
-from llm_from_scratch.model.rung import Rung
+from llm_from_scratch.model.rung import Rung, places
 from llm_from_scratch.section import Section
 
 
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(x)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        answers = attend(q, k, v, self.dropout if self.training else 0.0)
+        answers = attend(q, k, v, self.dropout if self.training else 0.0, None if cache is None else cache.mask)
         mixed: Tensor = self.c_proj(answers.transpose(1, 2).flatten(2))
         return mixed
 
@@ -125,8 +125,8 @@ class Gpt(Rung):
             if name.endswith("c_proj.weight"):  # 2 * layers of them add up in the residual stream
                 nn.init.normal_(weight, std=0.02 / (2 * shape.layers) ** 0.5)
 
-    def embed(self, ids: Tensor, past: int) -> Tensor:
-        positions = self.transformer.wpe.weight[past : past + ids.size(1)]
+    def embed(self, ids: Tensor, past: int | Tensor) -> Tensor:
+        positions = self.transformer.wpe.weight[places(past, ids.size(1))]
         x: Tensor = self.transformer.drop(self.transformer.wte(ids) + positions)
         return x
 

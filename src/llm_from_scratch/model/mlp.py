@@ -39,7 +39,7 @@ class Mlp(Rung):
         self.places = nn.Linear(params.window * params.width, params.hidden)
         self.head = nn.Linear(params.hidden, vocab_size)
 
-    def embed(self, ids: Tensor, past: int) -> Tensor:
+    def embed(self, ids: Tensor, past: int | Tensor) -> Tensor:
         """(B, T) to (B, W - 1 + T, C), what comes before the text included."""
         x: Tensor = self.tokens(F.pad(ids, (self.params.window - 1, 0), value=self.vocab_size))
         return x

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,8 +35,8 @@ class Rung(nn.Module, ABC):
         """Recompute each layer in the backward pass instead of keeping what is inside it: a third more time, far less memory."""
 
     @abstractmethod
-    def embed(self, ids: Tensor, past: int) -> Tensor:
-        """ids (B, T), the first of them at position `past`, to vectors (B, T, C)."""
+    def embed(self, ids: Tensor, past: int | Tensor) -> Tensor:
+        """ids (B, T), the first of them at position `past`, one for all rows or (B, 1), to vectors (B, T, C)."""
 
     @abstractmethod
     def mix(self, x: Tensor, cache: Cache | None) -> Tensor:
@@ -49,7 +50,7 @@ class Rung(nn.Module, ABC):
         """Logits (B, T, V). With a cache, `ids` are only the tokens it does not hold yet. Raises ValueError past the context."""
         past = 0 if cache is None else cache.length
         self._check(ids, past, cache)
-        logits = self.unembed(self.mix(self.embed(ids, past), cache))
+        logits = self.unembed(self.mix(self.embed(ids, past_of(cache)), cache))
         if cache is not None:
             cache.advance(ids.size(1))
         return logits
@@ -65,3 +66,17 @@ class Rung(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} has no keys and values to cache; call it with the whole past and no cache")
         if past + ids.size(1) > self.context:
             raise ValueError(f"found {past + ids.size(1)} tokens, the context holds {self.context}; give the last {self.context} only")
+
+
+def past_of(cache: Cache | None) -> int | Tensor:
+    """Where the next tokens stand: one position for all rows, or one of each, (B, 1)."""
+    if cache is None:
+        return 0
+    return cache.length if cache.lengths is None else cache.lengths
+
+
+def places(past: int | Tensor, T: int) -> slice | Tensor:
+    """The positions of T tokens from `past` on, to index a table with: a slice, or (B, T) where each row has its own."""
+    if isinstance(past, int):
+        return slice(past, past + T)
+    return past + torch.arange(T, device=past.device)
