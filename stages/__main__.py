@@ -1,5 +1,7 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
+Beside the graph: import and export of models, and documents that join an index or leave it.
+
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
 
 An entry whose `parallel` is ddp or fsdp runs in one process a card: `torchrun --nproc-per-node 2 -m stages train base`. Called without
@@ -14,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,20 +24,28 @@ if TYPE_CHECKING:
     from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
+BESIDE = "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, and documents --add FOLDER --remove ID; see their --help."
 SHARED = ("train",)
 """What several processes can do together."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of dvc.yaml.")
+    quiet_threads()
+    if sys.argv[1:2] in (["import"], ["export"], ["documents"]):
+        return ended(" ".join(sys.argv[1:3]), lambda: beside(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of dvc.yaml.", epilog=BESIDE)
     parser.add_argument("stage", choices=STAGES, help="what to do")
     parser.add_argument("name", nargs="?", default="", help="which entry of the stage's section in params.yaml")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (default: params.yaml)")
     arguments = parser.parse_args()
     who = " ".join(filter(None, (arguments.stage, arguments.name)))
-    quiet_threads()
+    return ended(who, lambda: run(arguments.stage, arguments.name, arguments.params))
+
+
+def ended(who: str, work: Callable[[], None]) -> int:
+    """The exit status of `work`; what a person can mend is said in one line."""
     try:
-        run(arguments.stage, arguments.name, arguments.params)
+        work()
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         print(f"{who}: {error}{'; make room, then the same command goes on' if full else ''}", file=sys.stderr)
@@ -43,6 +54,15 @@ def main() -> int:
         print(f"{who}: stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def beside(what: str, *given: str) -> None:
+    from importlib import import_module
+
+    if what == "documents":
+        import_module("stages.documents").main(given)
+    else:
+        import_module("stages.exchange").main([what, *given])
 
 
 def quiet_threads() -> None:

@@ -414,7 +414,7 @@ def test_a_message_that_is_none_is_named(bpe: BpeTokenizer, message: dict[str, o
 
 
 def params(kind: Any, size: int, vocabulary_from: str = "c") -> TokenizeParams:
-    return TokenizeParams(corpus="c", kind=kind, vocabulary_from=vocabulary_from, vocab_size=size, workers="local")
+    return TokenizeParams(corpus="c", kind=kind, vocabulary_from=vocabulary_from, vocab_size=size, workers="local", lessons=False)
 
 
 def test_params_choose_the_kind() -> None:

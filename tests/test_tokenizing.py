@@ -212,7 +212,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def params(**entries: dict[str, Any]) -> Params:
     """Params of which only the section `tokenize` is there."""
-    known = {"corpus": "tiny", "vocabulary_from": "tiny", "workers": "local"}
+    known = {"corpus": "tiny", "vocabulary_from": "tiny", "workers": "local", "lessons": False}
     return Params.model_construct(tokenize={name: TokenizeParams.model_validate(known | entry) for name, entry in entries.items()})
 
 

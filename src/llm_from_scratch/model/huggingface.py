@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def export_names(model: Gpt | Llama) -> dict[str, Tensor]:
     """The weights under their Hugging Face names and in their layout. A tied head is not there twice."""
-    return {name: _turned(name, tensor) if isinstance(model, Gpt) else tensor for name, tensor in model.state_dict().items()}
+    return {name: turned(name, tensor) if isinstance(model, Gpt) else tensor for name, tensor in model.state_dict().items()}
 
 
 def import_names(model: Gpt | Llama, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,11 +74,12 @@ def import_names(model: Gpt | Llama, tensors: Mapping[str, Tensor]) -> dict[str,
         if name.endswith(BUFFERS) or (tied and name == "lm_head.weight"):
             continue
         full = prefix + name if bare and name != "lm_head.weight" else name
-        named[full] = _turned(full, tensor) if isinstance(model, Gpt) else tensor
+        named[full] = turned(full, tensor) if isinstance(model, Gpt) else tensor
     return named
 
 
-def _turned(name: str, tensor: Tensor) -> Tensor:
+def turned(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a gpt between our (out, in) and GPT-2's (in, out), either way; by its name, whatever is not such a matrix stays."""
     return tensor.T if name.endswith(CONV1D) else tensor
 
 
@@ -107,6 +108,7 @@ def _gpt_shape(config: Config) -> GptShape:
     _require(config, "tie_word_embeddings", True)
     _require(config, "scale_attn_weights", True)
     _require(config, "scale_attn_by_inverse_layer_idx", False)
+    _require(config, "add_cross_attention", False)
     return GptShape(
         vocab_size=config["vocab_size"],
         context=config["n_positions"],
@@ -170,6 +172,7 @@ def _llama_shape(config: Config) -> LlamaShape:
 def _rope_theta(config: Config) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     _require({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", "default")
+    _require({**config, **rope}, "partial_rotary_factor", None, 1)
     theta: float = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     return float(theta)
 

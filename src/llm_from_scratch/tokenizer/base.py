@@ -6,7 +6,7 @@ and can never come out of `encode`, whatever the text says: a user who types <|e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,11 +22,13 @@ SPECIAL = (END_OF_TEXT, *(f"<|{role}|>" for role in ROLES), END_OF_TURN)
 class Tokenizer(Protocol):
     """Text to ids and back; a batch as arrays, because lists of numbers would take a corpus a third longer.
 
-    `special` maps each special token to its id, `eot` is the one that ends a document.
+    `special` maps each special token to its id, `eot` is the one that ends a document, `end_of_turn` the one that ends what is said in a
+    chat (`eot` again, where a vocabulary has no other).
     """
 
     vocab_size: int
     eot: int
+    end_of_turn: int
     special: dict[str, int]
 
     def encode(self, text: str) -> list[int]: ...
@@ -37,14 +39,15 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-class Vocabulary:
-    """Ids 0 … n-1 are the byte strings of `tokens`, the ids after them the names of `special`, which stand for no bytes."""
+class Table:
+    """The bytes of every id, nothing for those in `special`."""
 
-    def __init__(self, tokens: Sequence[bytes], special: Sequence[str]) -> None:
-        self.special = {name: len(tokens) + place for place, name in enumerate(special)}
-        self.eot = self.special[END_OF_TEXT]
-        self.vocab_size = len(tokens) + len(special)
-        self._table = (*tokens, *(b"" for _ in special))
+    def __init__(self, table: Sequence[bytes], special: Mapping[str, int], eot: int, end_of_turn: int) -> None:
+        self.special = dict(special)
+        self.eot = eot
+        self.end_of_turn = end_of_turn
+        self.vocab_size = len(table)
+        self._table = tuple(table)
 
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to the text: possibly part of a character, and nothing for a special token."""
@@ -59,6 +62,14 @@ class Vocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; bytes that are not whole characters become U+FFFD."""
         return b"".join(self.bytes_of(token) for token in ids).decode("utf-8", errors="replace")
+
+
+class Vocabulary(Table):
+    """Ids 0 … n-1 are the byte strings of `tokens`, the ids after them the names of `special`, which stand for no bytes."""
+
+    def __init__(self, tokens: Sequence[bytes], special: Sequence[str]) -> None:
+        ids = {name: len(tokens) + place for place, name in enumerate(special)}
+        super().__init__((*tokens, *(b"" for _ in special)), ids, ids[END_OF_TEXT], ids.get(END_OF_TURN, ids[END_OF_TEXT]))
 
 
 def well_formed(text: str) -> str:

@@ -47,8 +47,8 @@ CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 def word_level(tokens: Sequence[str], special: Mapping[str, int], unknown: str) -> dict[str, Any]:
     """tokenizer.json of a tokenizer that looks up one character at a time."""
     vocabulary = {token: place for place, token in enumerate(tokens)} | dict(special)
-    return _document(
-        special,
+    return document(
+        _added(special),
         # Not "(?s).": the library's regex engine (Oniguruma) does not know that group option.
         pre_tokenizer={"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         decoder={"type": "Fuse"},
@@ -59,7 +59,15 @@ def word_level(tokens: Sequence[str], special: Mapping[str, int], unknown: str) 
 def byte_level(tokens: Sequence[bytes], merges: Sequence[tuple[int, int]], special: Mapping[str, int]) -> dict[str, Any]:
     """tokenizer.json of a byte-level BPE with GPT-2's split pattern (which `use_regex` stands for)."""
     spelled = ["".join(CHARACTER_OF[byte] for byte in token) for token in tokens]
-    model = {
+    vocabulary = {token: place for place, token in enumerate(spelled)} | dict(special)
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pairs = [[spelled[left], spelled[right]] for left, right in merges]
+    return document(_added(special), pre_tokenizer=split, decoder={**split, "add_prefix_space": True}, model=bpe(vocabulary, pairs))
+
+
+def bpe(vocabulary: Mapping[str, int], merges: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The `model` of a tokenizer.json whose tokens are spelled in GPT-2's characters."""
+    return {
         "type": "BPE",
         "dropout": None,
         "unk_token": None,
@@ -68,11 +76,9 @@ def byte_level(tokens: Sequence[bytes], merges: Sequence[tuple[int, int]], speci
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": False,
-        "vocab": {token: place for place, token in enumerate(spelled)} | dict(special),
-        "merges": [[spelled[left], spelled[right]] for left, right in merges],
+        "vocab": dict(vocabulary),
+        "merges": [list(pair) for pair in merges],
     }
-    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return _document(special, pre_tokenizer=split, decoder={**split, "add_prefix_space": True}, model=model)
 
 
 def write(folder: Path, document: Mapping[str, Any], unknown: str | None = None) -> None:
@@ -86,8 +92,8 @@ def write(folder: Path, document: Mapping[str, Any], unknown: str | None = None)
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    _write_json(folder / FILE, document)
-    _write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
+    write_json(folder / FILE, document)
+    write_json(folder / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
@@ -125,13 +131,13 @@ def digest(folder: Path) -> str:
     return file_digest(folder / FILE)
 
 
-def _document(special: Mapping[str, int], **parts: Mapping[str, Any]) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+def document(added: Sequence[Mapping[str, Any]], **parts: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json of its added tokens, `pre_tokenizer`, `decoder` and `model`."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": place, "content": name, **flags} for name, place in special.items()],
+        "added_tokens": list(added),
         "normalizer": None,
         "pre_tokenizer": parts["pre_tokenizer"],
         "post_processor": None,
@@ -140,5 +146,11 @@ def _document(special: Mapping[str, int], **parts: Mapping[str, Any]) -> dict[st
     }
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _added(special: Mapping[str, int]) -> list[dict[str, Any]]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": place, "content": name, **flags} for name, place in special.items()]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented, and with every character as itself."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
