@@ -35,7 +35,7 @@ def run(params: Params, name: str, root: Path) -> None:
 
         folder = root / "artifacts/index"
         with bundle.writing(folder) as partial:
-            build_index(partial, passages, embedded.vectors)
+            build_index(partial, passages, embedded.vectors, wanted)
             parents = {"corpus": corpus.digest, "embedder": embedder.digest}
             bundle.seal(partial, "index", "index", parents, passages=len(passages), dimension=embedder.dimension)
         metrics = {

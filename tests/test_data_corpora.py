@@ -711,7 +711,7 @@ def test_the_digest_of_a_folder_is_that_of_sha256sum_over_what_is_read(text_fold
 
 
 def test_a_folder_without_text_says_what_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    (tmp_path / "a.docx").write_bytes(b"PK")
     with pytest.raises(
         ValueError, match=r"found no file that ends in \.txt, \.md, \.jsonl, \.jsonl\.gz, .*; correct `path` in params\.yaml"
     ):

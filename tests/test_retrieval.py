@@ -1,32 +1,31 @@
-"""Passages cover their documents, vectors are sentence-transformers', both searches equal brute force, and answers cite what was read."""
+"""Passages cover their documents, vectors are sentence-transformers', both searches equal brute force, before and after changes."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+import pydoc_data.topics
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from tiny_retrieval import tiny_encoder, tiny_index
+from tiny_retrieval import PARAMS, tiny_encoder, tiny_index
 
 from llm_from_scratch import bundle
 from llm_from_scratch.data.documents import Document, write_documents
-from llm_from_scratch.inference.engine import Engine
-from llm_from_scratch.inference.sampling import Sampling
-from llm_from_scratch.model.llama import LlamaParams
-from llm_from_scratch.model.registry import build
 from llm_from_scratch.retrieval import embed
+from llm_from_scratch.retrieval.dense import Dense
 from llm_from_scratch.retrieval.embed import Embedder, embed_in_parts
-from llm_from_scratch.retrieval.index import K1, B, Index, IndexParams, build_index, fuse, words
+from llm_from_scratch.retrieval.index import Found, Index, Mode, Ranking, Where, build_index, fuse, fuse_scores
+from llm_from_scratch.retrieval.lexical import K1, B, Lexical, words
 from llm_from_scratch.retrieval.passages import Passage, read_passages, split, windows, write_passages
-from llm_from_scratch.retrieval.rag import answer, fit_passages, prompt_tokens
-from llm_from_scratch.tokenizer import CharTokenizer, train_char
 
 ROOT = Path(__file__).parent.parent
 MINILM = Path(os.environ.get("LLM_TEST_MINILM", ROOT / "artifacts/raw/minilm"))
@@ -46,7 +45,6 @@ PASSAGES = [
     Passage("sun#1", "sun", "Sun", "It is a hot ball of plasma; a star of middling size."),
     Passage("nile#0", "nile", "Nile", "The Nile is a river in Africa."),
 ]
-GREEDY = Sampling(temperature=0, max_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +72,6 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
 @pytest.fixture
 def index(tmp_path: Path, embedder: Embedder) -> Index:
     return tiny_index(tmp_path / "index", embedder, PASSAGES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> CharTokenizer:
-    return train_char([chr(code) for code in range(32, 127)] + ["\n"])
-
-
-def engine_of(tokenizer: CharTokenizer, context: int) -> Engine:
-    torch.manual_seed(0)
-    shape = LlamaParams(
-        architecture="llama", context=context, width=16, layers=1, heads=2, kv_heads=1, hidden=32, rope_theta=10000.0, qk_norm=False
-    )
-    return Engine(build(shape, tokenizer.vocab_size), tokenizer)
 
 
 # Passages
@@ -145,8 +130,17 @@ def test_a_short_document_is_one_passage_and_an_empty_one_is_none(embedder: Embe
         split(documents, embedder.spans, 24, 24, maximum=0)
 
 
+def test_a_passage_knows_its_topic_and_the_page_it_begins_on(embedder: Embedder) -> None:
+    pages = ["the cat " * 8, "", "a dog " * 8 + "is", "the end"]
+    found = split([Document("doc", "T", "\f".join(pages), topic="Pets")], embedder.spans, 12, 0, maximum=0)
+    assert {passage.metadata["topic"] for passage in found} == {"Pets"}
+    assert [passage.metadata["page"] for passage in found] == ["1", "1", "3", "3"]
+    assert not any("\f" in passage.text for passage in found)
+    assert split([Document("doc", "T", "no pages")], embedder.spans, 12, 0, maximum=0)[0].metadata == {}
+
+
 def test_passages_come_back_from_their_file(tmp_path: Path) -> None:
-    odd = [*PASSAGES, Passage("é#0", "é", "line\u2028break", 'quote " and\nnewline')]
+    odd = [*PASSAGES, Passage("é#0", "é", "line\u2028break", 'quote " and\nnewline', {"topic": "Ünd"})]
     write_passages(tmp_path / "passages.jsonl", odd)
     assert read_passages(tmp_path / "passages.jsonl") == odd
 
@@ -269,6 +263,37 @@ def test_bm25_scores_are_those_of_the_formula(index: Index, query: str) -> None:
     assert hits[0].passage == PASSAGES[int(np.argmax(expected))]
 
 
+def test_bm25_is_that_of_bm25s_over_a_real_text() -> None:
+    import bm25s
+
+    pages = [words(page) for page in pydoc_data.topics.topics.values()]
+    peer = bm25s.BM25(k1=K1, b=B, method="lucene")
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(word for page in pages for word in page))}
+    peer.index(([[vocabulary[word] for word in page] for page in pages], vocabulary), create_empty_token=False, show_progress=False)
+    ours = Lexical.build(pages)
+    for query in ("how are decorators evaluated", "the the of", "metaclass keyword argument of a class definition"):
+        expected = peer.get_scores_from_ids(peer.get_tokens_ids(words(query)))
+        np.testing.assert_allclose(ours.scores(words(query)), expected, rtol=1e-4)
+
+
+def test_a_plural_is_compared_as_its_singular_and_what_only_looks_like_one_stays() -> None:
+    plurals = {"Cities": "city", "houses": "house", "churches": "churche", "stars": "star", "shoes": "shoe"}
+    assert {word: words(word)[0] for word in plurals} == plurals
+    unchanged = ["glass", "virus", "bus", "is", "was", "naïve"]
+    assert words(" ".join(unchanged)) == unchanged
+
+
+def test_words_that_come_and_go_leave_the_scores_of_a_fresh_build() -> None:
+    rng = np.random.default_rng(3)
+    pages = [rng.choice(list("abcdefgh"), size=rng.integers(0, 12)).tolist() for _ in range(60)]
+    kept = rng.random(60) < 0.6
+    grown = Lexical.build(pages[:25]).plus(Lexical.build(pages[25:40])).plus(Lexical.build(pages[40:]))
+    for changed, left in ((grown, pages), (grown.only(kept), [page for page, stays in zip(pages, kept, strict=True) if stays])):
+        for query in (["a"], ["c", "h", "c"], ["unknown", "b"]):
+            np.testing.assert_array_equal(changed.scores(query), Lexical.build(left).scores(query))
+    assert Lexical.build(pages).only(np.zeros(60, bool)).scores(["a"]).shape == (0,)
+
+
 def test_reciprocal_rank_fusion_worked_by_hand() -> None:
     by_meaning, by_words = [(7, 0.9), (3, 0.8), (5, 0.1)], [(3, 12.0), (9, 2.0)]
     assert fuse([by_meaning, by_words]) == [
@@ -281,16 +306,33 @@ def test_reciprocal_rank_fusion_worked_by_hand() -> None:
     assert fuse([[], []]) == []
 
 
+def test_the_fusion_of_scores_worked_by_hand() -> None:
+    by_meaning, by_words = [(7, 0.9), (3, 0.8), (5, 0.5)], [(3, 12.0), (9, 3.0)]
+    three_deep = fuse_scores(by_meaning, by_words, dense_share=0.5, depth=3)  # cosines from 0.5 up, and BM25 from 0: it found only two
+    assert three_deep == [(3, pytest.approx(0.5 * 0.75 + 0.5)), (7, 0.5), (9, 0.5 * 0.25), (5, 0.0)]
+    assert [place for place, _ in fuse_scores(by_meaning, by_words, dense_share=1.0, depth=3)[:2]] == [7, 3]
+    assert fuse_scores([], by_words, 0.5) == [(3, 0.5), (9, 0.125)]
+    assert fuse_scores([(1, 0.4), (2, 0.4)], [], 0.5, depth=2) == [(1, 0.5), (2, 0.5)]  # all alike is all the best
+
+
 def test_fused_search_is_the_fusion_of_both_searches(index: Index) -> None:
     query = "the star of the dog"
     places = {passage.id: place for place, passage in enumerate(PASSAGES)}
-    both = [[(places[hit.passage.id], hit.score) for hit in index.search(query, 5, mode)] for mode in ("dense", "bm25")]
-    hits = index.search(query, 3)
-    assert [(places[hit.passage.id], hit.score) for hit in hits] == fuse(both)[:3]
+
+    def ranking(mode: Mode) -> Ranking:
+        return [(places[hit.passage.id], hit.score) for hit in index.search(query, 5, mode)]
+
+    dense, lexical = ranking("dense"), ranking("bm25")
+    assert ranking("rrf") == fuse([dense, lexical])
+    fused, expected = ranking("fused"), fuse_scores(dense, lexical, PARAMS.search.dense_share)
+    assert [place for place, _ in fused] == [place for place, _ in expected]
+    np.testing.assert_allclose(fused, expected, rtol=1e-6)
+    assert index.find(query, 5) == Found(index.search(query, 5), dense[0][1])
+    assert index.find(" ", 5) == Found([], -1.0)
 
 
 def test_an_empty_query_finds_nothing_and_strange_words_only_neighbours_in_meaning(index: Index) -> None:
-    for mode in ("fused", "dense", "bm25"):
+    for mode in get_args(Mode):
         assert index.search("", 3, mode) == []
         assert index.search(" \n", 3, mode) == []
     assert index.search("?!", 3, "bm25") == []
@@ -299,7 +341,7 @@ def test_an_empty_query_finds_nothing_and_strange_words_only_neighbours_in_meani
     assert index.search_all(["", "the Nile", " "], 1, "bm25")[1][0].passage.document == "nile"
     with pytest.raises(ValueError, match="k = 0, wanted at least 1"):
         index.search("cat", 0)
-    with pytest.raises(ValueError, match="no mode 'sparse'; there is fused, dense, bm25"):
+    with pytest.raises(ValueError, match="no mode 'sparse'; there is fused, rrf, dense, bm25"):
         index.search("cat", 1, "sparse")  # type: ignore[arg-type]
 
 
@@ -309,6 +351,127 @@ def test_minilm_and_bm25_together_answer_a_paraphrase_and_a_name(minilm: Embedde
     assert index.search("feline pet", 1)[0].passage.document == "cat"
     assert index.search("Which waterway crosses Egypt?", 1)[0].passage.document == "nile"
     assert index.search("What is the Solar System's star?", 1)[0].passage.id == "sun#0"
+
+
+# Filters, and documents that come and go
+
+
+@pytest.fixture
+def fields(tmp_path: Path, embedder: Embedder) -> Index:
+    topics = {"cat": "Animals", "dog": "Animals", "sun": "Space", "nile": "Places"}
+    return tiny_index(tmp_path / "fields", embedder, [replace(each, metadata={"topic": topics[each.document]}) for each in PASSAGES])
+
+
+@pytest.mark.parametrize(
+    ("where", "documents"),
+    [
+        ({"topic": "Animals"}, {"cat", "dog"}),
+        ({"topic": ["Animals", "Space"]}, {"cat", "dog", "sun"}),
+        ({"document": "sun"}, {"sun"}),
+        ({"title": "Nile", "topic": "Places"}, {"nile"}),
+        ({"title": "Nile", "topic": "Space"}, set()),
+        ({"topic": "Sports"}, set()),
+        ({}, {"cat", "dog", "sun", "nile"}),
+    ],
+)
+def test_a_filter_keeps_what_matches_and_no_other_search_gives_more(fields: Index, where: Where, documents: set[str]) -> None:
+    for mode in get_args(Mode):
+        hits = fields.search("the dog is a star of the river, the cat barks", 99, mode, where)
+        everything = fields.search("the dog is a star of the river, the cat barks", 99, mode)
+        assert {hit.passage.document for hit in hits} == documents
+        assert {hit.passage.id for hit in hits} == {hit.passage.id for hit in everything if hit.passage.document in documents}
+        if mode in ("dense", "bm25"):
+            kept = [(hit.passage.id, hit.score) for hit in everything if hit.passage.document in documents]
+            assert [(hit.passage.id, hit.score) for hit in hits] == kept
+
+
+def test_a_filter_by_what_no_passage_has_is_refused(fields: Index) -> None:
+    with pytest.raises(ValueError, match=r"no passage has a 'topik'; there is document, title, topic"):
+        fields.search("star", 1, where={"topik": "Space"})
+
+
+def answers_of(index: Index) -> list[list[tuple[str, float]]]:
+    """All that a query gives in every mode; the float of a sum may depend on the order of its terms."""
+    found = (index.search("a star or an animal that barks at the river", 99, mode) for mode in get_args(Mode))
+    return [[(hit.passage.id, round(hit.score, 5)) for hit in hits] for hits in found]
+
+
+def test_an_index_that_was_changed_answers_like_one_built_anew(tmp_path: Path, embedder: Embedder) -> None:
+    documents = [Document(name, name.title(), f"{text} " * 9) for name, text in zip("abcdefg", itertools.cycle(TEXTS[:3]), strict=False)]
+    whole = split(documents, embedder.spans, PARAMS.passage_tokens, PARAMS.overlap_tokens, maximum=0)
+    changed = tiny_index(tmp_path / "changed", embedder, [each for each in whole if each.document in "abc"])
+
+    assert changed.remove(["b"]) == sum(each.document == "b" for each in whole)
+    assert changed.add(documents[4:]) == sum(each.document in "efg" for each in whole)
+    assert changed.remove(["a", "f"]) > 0
+    assert changed.add(documents[:2]) > 0
+
+    left = [each for name in "cegab" for each in whole if each.document == name]
+    assert changed.passages == left
+    assert answers_of(changed) == answers_of(tiny_index(tmp_path / "anew", embedder, left))
+    with bundle.writing(tmp_path / "written") as partial:
+        changed.write(partial)
+        bundle.seal(partial, "index", "index", {"embedder": embedder.digest})
+    assert answers_of(Index.open(tmp_path / "written", embedder)) == answers_of(changed)
+
+
+def test_what_is_there_is_not_added_twice_and_what_is_not_is_not_removed(index: Index) -> None:
+    before = answers_of(index)
+    with pytest.raises(ValueError, match="document 'sun' is in the index already; remove it first"):
+        index.add([Document("moon", "Moon", "a star?"), Document("sun", "Sun", "a star")])
+    with pytest.raises(ValueError, match="no document 'moon' in the index, so nothing is removed"):
+        index.remove(["cat", "moon"])
+    assert index.add([Document("empty", "Empty", " ")]) == 0
+    assert answers_of(index) == before
+    assert index.remove(["cat", "dog", "sun", "nile"]) == len(PASSAGES)
+    assert answers_of(index) == [[], [], [], []]
+    assert index.add([Document("cat", "Cat", "the cat")]) == 1
+    assert index.search("cat", 1)[0].passage.id == "cat#0"
+
+
+# Cells
+
+
+def clustered(count: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors (count, 16) around forty centres."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(40, 16))[rng.integers(0, 40, count)] + 0.3 * rng.normal(size=(count, 16))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_above_the_limit_cells_are_searched_and_all_of_them_find_what_brute_force_finds() -> None:
+    vectors, queries = clustered(2000), clustered(20, seed=1)
+    best = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    assert Dense.build(vectors, flat_below=2000, cells=32, probes=4).exact
+    recall = {}
+    for probes in (1, 8, 32):
+        cells = Dense.build(vectors, flat_below=1999, cells=32, probes=probes)
+        assert not cells.exact
+        found = [[number for number, _ in ranking] for ranking in cells.search(queries, 10)]
+        recall[probes] = np.mean([len({*row} & {*wanted}) / 10 for row, wanted in zip(found, best.tolist(), strict=True)])
+    assert recall[1] < recall[8] <= recall[32] == 1
+    assert recall[8] > 0.9
+
+
+def test_in_cells_a_filter_is_obeyed_exactly_and_vectors_come_and_go() -> None:
+    vectors, queries = clustered(500), clustered(5, seed=1)
+    cells = Dense.build(vectors, flat_below=0, cells=8, probes=1)
+    allowed = np.array([3, 77, 401, 402])
+    for row, query in zip(cells.search(queries, 4, allowed), queries, strict=True):
+        assert [number for number, _ in row] == allowed[np.argsort(-(vectors[allowed] @ query))].tolist()
+    cells.remove(np.array([3, 77]))
+    cells.add(vectors[:1], np.array([900]))
+    assert {number for number, _ in cells.search(queries[:1], 9, np.array([3, 77, 401, 900]))[0]} == {401, 900}
+
+
+def test_cells_are_the_same_bytes_every_time_and_need_enough_vectors(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Dense.build(clustered(2000), flat_below=0, cells=32, probes=4).save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    opened, query = Dense.open(tmp_path / "one", probes=32), clustered(3, seed=1)
+    assert opened.search(query, 5) == Dense.build(clustered(2000), flat_below=0, cells=32, probes=32).search(query, 5)
+    with pytest.raises(ValueError, match=r"index.cells: found 32, wanted no more than the 20 vectors"):
+        Dense.build(clustered(20), flat_below=0, cells=32, probes=4)
 
 
 # The folder
@@ -330,7 +493,7 @@ def test_an_index_of_another_embedder_is_refused(index: Index, tmp_path: Path) -
         Index.open(tmp_path / "index", stranger)
 
 
-@pytest.mark.parametrize("name", ["faiss.index", "passages.jsonl", "bm25/data.csc.index.npy", "bm25/vocab.index.json"])
+@pytest.mark.parametrize("name", ["faiss.index", "passages.jsonl", "bm25/counts.npy", "bm25/vocabulary.json"])
 def test_a_damaged_index_is_refused_before_anything_reads_it(index: Index, tmp_path: Path, name: str) -> None:
     path = tmp_path / "index" / name
     content = bytearray(path.read_bytes())
@@ -342,7 +505,7 @@ def test_a_damaged_index_is_refused_before_anything_reads_it(index: Index, tmp_p
 
 def test_an_index_of_nothing_is_refused(embedder: Embedder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found 0 passages and 0 vectors"):
-        build_index(tmp_path, [], embedder.embed([]))
+        build_index(tmp_path, [], embedder.embed([]), PARAMS)
 
 
 def test_the_stage_builds_an_index_that_opens_and_leaves_no_state_behind(encoder: Path, tmp_path: Path) -> None:
@@ -355,9 +518,7 @@ def test_the_stage_builds_an_index_that_opens_and_leaves_no_state_behind(encoder
     with bundle.writing(raw / "wiki") as partial:
         write_documents(partial / "documents.jsonl", [Document(each.document, each.title, each.text) for each in PASSAGES])
         bundle.seal(partial, "corpus", "download@wiki")
-    section = IndexParams(documents="wiki", embedder="tiny", passage_tokens=40, overlap_tokens=8, batch=4, maximum_passages=0)
-
-    stage.run(SimpleNamespace(index=section), "", tmp_path)  # type: ignore[arg-type]
+    stage.run(SimpleNamespace(index=PARAMS), "", tmp_path)  # type: ignore[arg-type]
 
     index = Index.open(tmp_path / "artifacts/index", Embedder.open(raw / "tiny"))
     manifest = bundle.verify(tmp_path / "artifacts/index", "index")
@@ -366,63 +527,3 @@ def test_the_stage_builds_an_index_that_opens_and_leaves_no_state_behind(encoder
     assert index.search("the river in Africa", 1, "bm25")[0].passage.document == "nile"
     assert (tmp_path / "artifacts/logs/index/metrics.json").exists()
     assert not list((tmp_path / "runs").iterdir())
-
-
-# Answers
-
-
-def test_the_answer_is_the_engine_s_to_the_passages_it_cites(index: Index, tokenizer: CharTokenizer) -> None:
-    from llm_from_scratch.data.chat import question_messages
-
-    engine = engine_of(tokenizer, context=512)
-    question = "What is a star?"
-    given = answer(engine, index, question, 2, GREEDY)
-    hits = index.search(question, 2)
-
-    assert [(cited.number, cited.title, cited.document, cited.score) for cited in given.citations] == [
-        (hit.rank, hit.passage.title, hit.passage.document, hit.score) for hit in hits
-    ]
-    messages = question_messages(question, [cited.text for cited in given.citations])
-    pieces = list(engine.chat(messages, GREEDY))
-    assert given.text == "".join(piece.text for piece in pieces).strip()
-    assert given.prompt_tokens == prompt_tokens(question, [hit.passage.text for hit in hits], tokenizer)
-    assert (given.finish_reason, given.completion_tokens) == (pieces[-1].finish_reason, pieces[-1].completion_tokens)
-
-
-@pytest.mark.parametrize("context", [40, 60, 90, 130, 200])
-def test_the_prompt_never_outgrows_the_context_and_citations_are_what_was_read(
-    index: Index, tokenizer: CharTokenizer, context: int
-) -> None:
-    given = answer(engine_of(tokenizer, context), index, "What is a star?", 3, GREEDY)
-    assert given.prompt_tokens + GREEDY.max_tokens <= context
-    assert given.prompt_tokens == prompt_tokens("What is a star?", [cited.text for cited in given.citations], tokenizer)
-    for cited in given.citations:
-        own = [passage for passage in PASSAGES if (passage.document, passage.title) == (cited.document, cited.title)]
-        assert any(passage.text.startswith(cited.text) for passage in own)
-
-
-def test_what_does_not_fit_is_trimmed_at_a_word_or_left_out_the_worst_first(tokenizer: CharTokenizer) -> None:
-    best, worse = "one two three four five six seven eight nine ten", "eins zwei drei vier fünf sechs sieben acht neun zehn"
-    question = "Which?"
-    all_of_it = prompt_tokens(question, [best, worse], tokenizer)
-
-    assert fit_passages(question, [best, worse], tokenizer, all_of_it) == [best, worse]
-    assert fit_passages(question, [best, worse], tokenizer, None) == [best, worse]
-    assert fit_passages(question, [best, worse], tokenizer, all_of_it - 1) == [best, worse.removesuffix(" zehn")]
-    assert fit_passages(question, [best, worse], tokenizer, all_of_it - 20) == [best]
-    assert fit_passages(question, [best, worse], tokenizer, prompt_tokens(question, [], tokenizer)) == []
-
-
-def test_passages_share_the_room_of_one_as_they_did_in_training(tokenizer: CharTokenizer) -> None:
-    sentence = "This is a sentence of fifty characters, all in all."
-    long = " ".join([sentence] * 12)
-    assert len(fit_passages("Which?", [long], tokenizer, None)[0]) <= 400
-    assert all(len(text) <= 200 for text in fit_passages("Which?", [long, long], tokenizer, None))
-
-
-def test_a_question_that_is_empty_or_too_long_is_refused(index: Index, tokenizer: CharTokenizer) -> None:
-    engine = engine_of(tokenizer, context=64)
-    with pytest.raises(ValueError, match="the question is empty"):
-        answer(engine, index, "  ", 1, GREEDY)
-    with pytest.raises(ValueError, match="the question is 103 tokens, but 56 fit before the answer"):
-        answer(engine, index, "x" * 100, 1, GREEDY)

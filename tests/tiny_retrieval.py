@@ -9,11 +9,25 @@ import torch
 
 from llm_from_scratch import bundle
 from llm_from_scratch.retrieval.embed import Embedder
-from llm_from_scratch.retrieval.index import Index, build_index
+from llm_from_scratch.retrieval.index import Index, IndexParams, SearchParams, build_index
 from llm_from_scratch.retrieval.passages import Passage
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-()"
 WORDS = ["the", "of", "a", "is", "what", "who", "cat", "dog", "film", "star", "river", "in", "and"]
+
+# Nothing is too far away to be answered from, and every source is cited: a tiny model's words are in none.
+SEARCH = SearchParams(probes=4, dense_share=0.55, minimum_similarity=-1.0, support=0.0)
+PARAMS = IndexParams(
+    documents="wiki",
+    embedder="tiny",
+    passage_tokens=40,
+    overlap_tokens=8,
+    batch=4,
+    maximum_passages=0,
+    flat_below=1000,
+    cells=8,
+    search=SEARCH,
+)
 
 
 def tiny_encoder(folder: Path, seed: int = 0) -> Path:
@@ -30,10 +44,10 @@ def tiny_encoder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_index(folder: Path, embedder: Embedder, passages: Sequence[Passage]) -> Index:
+def tiny_index(folder: Path, embedder: Embedder, passages: Sequence[Passage], params: IndexParams = PARAMS) -> Index:
     """The passages, indexed and sealed as the stage does it."""
     with bundle.writing(folder) as partial:
-        build_index(partial, passages, embedder.embed([passage.searched for passage in passages]))
+        build_index(partial, passages, embedder.embed([passage.searched for passage in passages]), params)
         bundle.seal(partial, "index", "index", {"corpus": "0" * 64, "embedder": embedder.digest}, passages=len(passages))
     return Index.open(folder, embedder)
 

@@ -25,7 +25,7 @@ BANDS, ROWS = 16, 4
 HASHED_AT_ONCE = 20_000  # runs; bounds the memory of a long document
 LANGUAGE_SAMPLE = 1_000  # characters from the middle of a document: beginnings are lists of names more often
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0d-\x1f\x7f-\x9f]")  # a form feed is the end of a page
 _PII = {
     "email": re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-zA-Z]{2,}\b"),
     "phone": re.compile(r"(?<![\w.-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])"),

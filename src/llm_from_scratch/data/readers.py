@@ -88,6 +88,29 @@ def parquet(paths: Iterable[Path]) -> Iterator[Document]:
             yield from (_row(path, number, row) for number, row in numbered)
 
 
+def pdf(paths: Iterable[Path]) -> Iterator[Document]:
+    """One document a file, named by its own title or the file's, with a form feed between pages. Needs pypdf.
+
+    Raises ReadError for one that is damaged, locked, or only pictures: what cannot be read is not left out in silence.
+    """
+    for path in paths:
+        reader_of = _optional("pypdf", "pypdf").PdfReader
+        try:
+            reader = reader_of(path)
+            locked = reader.is_encrypted and not reader.decrypt("")
+            pages = [] if locked else [lines(page.extract_text()).strip() for page in reader.pages]
+            title = "" if locked else ((reader.metadata.title if reader.metadata else None) or "").strip()
+        except Exception as error:  # of a parser fed with anything: the library has no type for what may go wrong in it
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ReadError(f"{path.name}: wanted a PDF, found {found}; repair it, or take it out of the folder") from None
+        if locked:
+            raise ReadError(f"{path.name}: is locked with a password; save it without one, or take it out of the folder")
+        if not any(pages):
+            raise ReadError(f"{path.name}: found no text on its {len(pages)} pages; run OCR on it, or take it out of the folder")
+        text = "\f".join(pages) + "\n"
+        yield Document(slug(path.stem), title or path.stem, text.encode("utf-8", "replace").decode())
+
+
 def files(paths: Iterable[Path]) -> Iterator[Document]:
     """No documents: what the source holds is kept as files, such as a model."""
     return iter(())

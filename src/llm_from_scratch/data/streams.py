@@ -31,6 +31,7 @@ ROWS: dict[str, Callable[[Iterable[Path]], Iterator[Document]]] = {
     ".jsonl.gz": readers.jsonl,
     ".jsonl.zst": readers.jsonl,
     ".parquet": readers.parquet,
+    ".pdf": readers.pdf,
 }
 
 
@@ -117,7 +118,8 @@ def tree_digest(place: Path) -> str:
 def folder_documents(place: Path, share: float) -> Iterator[Document]:
     """The documents of a text folder, in the order of its paths, a `share` of them held out.
 
-    A text file is one document, or where it is alone, some tens of its parts; a line of .jsonl is one, and so is a row of .parquet.
+    A text file is one document, or where it is alone, some tens of its parts; a line of .jsonl is one, and so are a row of .parquet and a
+    .pdf.
     The id is the path, and from the second document of a file on its number, so no two are the same.
     """
     paths = folder_files(place)

@@ -2,13 +2,16 @@
 
 A cut falls between words, neighbours share a few tokens so that a sentence on the border is whole in one of them, and the pieces of one
 document are about equally long: full ones and a crumb would let the crumb's few words win searches. What it cannot do is see sentences.
+
+A passage remembers what may be asked of it (`metadata`): the topic of its document and, where that has pages (form feeds between them, as
+readers leave them), the page it begins on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +21,7 @@ Span = tuple[int, int]  # the first character of a token and the one after its l
 Spans = Callable[[Sequence[str]], list[list[Span]]]
 
 BATCH = 1000  # documents tokenized at once
+PAGE_BREAK = "\f"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Passage:
     document: str
     title: str
     text: str
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def searched(self) -> str:
@@ -81,8 +86,16 @@ def _passages(documents: Iterable[Document], spans: Spans, size: int, overlap: i
         for document, found in zip(batch, spans([document.text for document in batch]), strict=True):
             starts_word = [first == 0 or document.text[first - 1].isspace() for first, _ in found]
             for place, (begin, end) in enumerate(windows(starts_word, size, overlap)):
-                text = document.text[found[begin][0] : found[end - 1][1]]
-                yield Passage(f"{document.id}#{place}", document.id, document.title, text)
+                first, last = found[begin][0], found[end - 1][1]
+                text = document.text[first:last].replace(PAGE_BREAK, "\n")
+                yield Passage(f"{document.id}#{place}", document.id, document.title, text, _metadata(document, first))
+
+
+def _metadata(document: Document, first: int) -> dict[str, str]:
+    """What is known of a passage that begins at character `first`."""
+    topic = {"topic": document.topic} if document.topic else {}
+    page = {"page": str(1 + document.text.count(PAGE_BREAK, 0, first))} if PAGE_BREAK in document.text else {}
+    return topic | page
 
 
 def _cut(borders: Sequence[bool], begin: int, covered: int, width: int, size: int) -> int:
