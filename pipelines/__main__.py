@@ -1,4 +1,5 @@
-"""What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`."""
+"""What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`,
+`… screenshots`."""
 
 from __future__ import annotations
 
@@ -45,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
             "--api-key-file", default="", help="where it is served, a file with the key that clients must bear (default: none)"
         )
     serve.set_defaults(do=_serve)
+
+    screenshots = commands.add_parser("screenshots", help="pictures of the page's tabs, from a Bento packaged and served for it")
+    screenshots.add_argument("--out", type=Path, default=Path("docs/screenshots"), help="their folder (default: docs/screenshots)")
+    screenshots.add_argument("--url", default="", help="a server that runs already, such as http://127.0.0.1:3000 (default: serve one)")
+    screenshots.set_defaults(do=_screenshots)
     return parser
 
 
@@ -81,6 +87,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from pipelines.bento import serve
 
     return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file)
+
+
+def _screenshots(arguments: argparse.Namespace) -> None:
+    from pipelines.screenshots import screenshots
+
+    for path in screenshots(Path.cwd(), arguments.out, arguments.url):
+        print(path)
 
 
 if __name__ == "__main__":

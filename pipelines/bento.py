@@ -11,15 +11,21 @@ from llm_from_scratch.serving import package as bento
 from llm_from_scratch.serving.auth import read_key
 from stages.__main__ import read_yaml
 
+SHOWN_BYTES = 64 * 2**20
+"""Of a rung that the page shows beside the served model: every Bento carries and opens them all, so the large ones stay at home."""
+
 
 def package(root: Path, api_key_file: str) -> str:
-    """The tag of a Bento of the model that `evaluate` chose to serve, with index and embedder. Raises BundleError where one is missing or
-    damaged, and ParamsError and ValueError before any work.
+    """The tag of a Bento of the model that `evaluate` chose to serve, with index, embedder and the ladder's smaller models.
+
+    Raises BundleError where one is missing or damaged, and ParamsError and ValueError before any work.
     """
     params = config.parse(read_yaml(root / "params.yaml"), "params.yaml")
     artifacts = root / "artifacts"
     model, embedder = artifacts / "models" / served(root), artifacts / "raw" / params.index.embedder
-    stored = bento.package(model, artifacts / "index", embedder, params.serve)
+    ladder = {name: artifacts / "models" / name for name in params.train}
+    shown = {name: folder for name, folder in ladder.items() if _bytes(folder) <= SHOWN_BYTES}
+    stored = bento.package(model, artifacts / "index", embedder, params.serve, shown)
     return bento.build(root, stored, api_key_file)
 
 
@@ -39,3 +45,7 @@ def serve(root: Path, host: str, port: int, api_key_file: str) -> NoReturn:
         read_key(Path(api_key_file))
         api_key_file = str(Path(api_key_file).resolve())
     bento.serve(package(root, api_key_file), host, port)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))

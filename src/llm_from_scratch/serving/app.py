@@ -7,6 +7,9 @@ model, so the responder may come later: `app.state.responder`. So may the API ke
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -18,17 +21,25 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from llm_from_scratch.inference.engine import Piece
-from llm_from_scratch.serving.auth import require_key
+from llm_from_scratch.serving import embedding
+from llm_from_scratch.serving.auth import Guard
+from llm_from_scratch.serving.draining import finish_first
 from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Job
-from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, parse
-from llm_from_scratch.serving.replies import Reply, frame, model_card, usage
+from llm_from_scratch.serving.logprobs import Names
+from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, EmbeddingRequest, Retrieve
+from llm_from_scratch.serving.openapi import document
+from llm_from_scratch.serving.parsing import parse
+from llm_from_scratch.serving.replies import Delta, Reply, frame, merged, model_card
 from llm_from_scratch.serving.responder import Responder, unknown_model
 
-ROUTES = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models and POST /ask"
+ROUTES = "POST /v1/chat/completions, /v1/completions and /v1/embeddings, GET /v1/models, POST /ask and /retrieve, and GET /openapi.json"
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """For proxies in between, which would keep a stream until it is complete."""
+
+log = logging.getLogger(__name__)
+
+INTERNAL = ApiError(500, "the server failed at this request; its log says why", "internal_error")
 
 
 def create_app(responder: Responder | None = None, key: str = "") -> FastAPI:
@@ -36,15 +47,19 @@ def create_app(responder: Responder | None = None, key: str = "") -> FastAPI:
     app = FastAPI(title="llm-from-scratch", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.responder = responder
     app.state.key = key
+    app.add_middleware(Guard, key=lambda: app.state.key)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     app.add_api_route("/", landing_page, methods=["GET"])
+    app.add_api_route("/openapi.json", openapi, methods=["GET"])
     app.add_api_route("/ask", ask, methods=["POST"])
+    app.add_api_route("/retrieve", retrieve, methods=["POST"])
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app.add_api_route("/v1/embeddings", embeddings, methods=["POST"])
     app.add_api_route("/v1/{path:path}", unknown_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     return app
 
@@ -53,75 +68,133 @@ async def landing_page() -> Response:
     return HTMLResponse(files("llm_from_scratch.serving").joinpath("landing.html").read_text(encoding="utf-8"))
 
 
+async def openapi(request: Request) -> Response:
+    return JSONResponse(document(bool(request.app.state.key)))
+
+
 async def list_models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [model_card(_responder(request).limits.model_name)]})
+    limits = _responder(request).limits
+    return JSONResponse({"object": "list", "data": [model_card(limits.model_name), model_card(limits.embedding_name)]})
 
 
 async def get_model(request: Request, name: str) -> Response:
-    served = _responder(request).limits.model_name
-    if name != served:
-        raise unknown_model(name, served)
-    return JSONResponse(model_card(served))
+    limits = _responder(request).limits
+    if name not in (limits.model_name, limits.embedding_name):
+        raise unknown_model(name, limits.model_name)
+    return JSONResponse(model_card(name))
 
 
 async def completions(request: Request) -> Response:
-    return await _generate(request, parse(await _body(request), CompletionRequest))
+    asked = parse(await _body(request), CompletionRequest)
+    return await _generate(request, asked, await _responder(request).complete(asked))
 
 
 async def chat_completions(request: Request) -> Response:
-    return await _generate(request, parse(await _body(request), ChatRequest))
+    asked = parse(await _body(request), ChatRequest)
+    return await _generate(request, asked, await _responder(request).chat(asked))
 
 
 async def ask(request: Request) -> Response:
     question = parse(await _body(request), Ask).question
-    job = await _responder(request).ask(question)
-    async with _stopped_when_gone(request, job):
-        return JSONResponse(await anext(aiter(job)))
+    return JSONResponse(await _only(request, await _responder(request).ask(question)))
+
+
+async def retrieve(request: Request) -> Response:
+    asked = parse(await _body(request), Retrieve)
+    return JSONResponse({"object": "list", "data": await _only(request, await _responder(request).retrieve(asked))})
+
+
+async def embeddings(request: Request) -> Response:
+    asked = parse(await _body(request), EmbeddingRequest)
+    responder = _responder(request)
+    vectors, tokens = await _only(request, await responder.embed(asked))
+    responder.meter.answered(tokens, 0)
+    return JSONResponse(embedding.reply(vectors, tokens, asked.model, asked.encoding_format or "float"))
 
 
 async def unknown_route(request: Request) -> Response:
     raise ApiError(404, f"no {request.method} {request.url.path} here; there is {ROUTES}", "unknown_url")
 
 
-async def _generate(request: Request, asked: CompletionRequest | ChatRequest) -> Response:
+async def _generate(request: Request, asked: CompletionRequest | ChatRequest, job: Job[Delta]) -> Response:
     responder = _responder(request)
-    job = await responder.respond(asked)
-    reply = Reply("chat" if isinstance(asked, ChatRequest) else "completion", asked.model, responder.fingerprint)
-    pieces = aiter(job)
+    reply = Reply(
+        "chat" if isinstance(asked, ChatRequest) else "completion",
+        asked.model,
+        responder.fingerprint,
+        choices=asked.n or 1,
+        names=None if asked.alternatives is None else Names(responder.engine.tokenizer),
+        include_usage=asked.include_usage,
+    )
+    batches = _metered(responder, reply, job)
     async with _stopped_when_gone(request, job):
         # Whatever fails before the first piece still has a status of its own, in a stream too.
-        first = await anext(pieces)
+        first = await anext(batches)
         if not asked.stream:
-            return await _whole(reply, first, pieces)
-    frames = _frames(reply, first, pieces, asked.include_usage)
+            return JSONResponse(reply.whole(await _whole(first, batches)))
     # The task runs when the client left in the middle of a frame: the generator is then not closed until it is collected.
+    frames = _frames(responder, reply, first, batches)
     return StreamingResponse(frames, media_type="text/event-stream", headers=UNBUFFERED, background=BackgroundTask(job.stop))
 
 
-async def _whole(reply: Reply, first: Piece, rest: AsyncIterator[Piece]) -> Response:
-    pieces = [first, *[piece async for piece in rest]]
-    last = pieces[-1]
-    assert last.finish_reason is not None
-    tokens = usage(last.prompt_tokens, last.completion_tokens)
-    return JSONResponse(reply.whole("".join(piece.text for piece in pieces), last.finish_reason, tokens))
+Batch = dict[int, Delta]
+"""What is new of each part, by its place."""
 
 
-async def _frames(reply: Reply, first: Piece, rest: AsyncIterator[Piece], include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first piece is a frame, and then there is no [DONE]."""
-    for opening in reply.opening():
-        yield opening
-    piece: Piece | None = first
+async def _metered(responder: Responder, reply: Reply, job: Job[Delta]) -> AsyncIterator[Batch]:
+    """What the job says, all that is ready at once as one delta a part; and what it took, to the meter."""
+    began = time.monotonic()
+    last: dict[int, float] = {}
+    told: Batch = {}
+    async for items in job.batches():
+        now = time.monotonic()
+        batch = {place: merged([delta for part, delta in items if part == place]) for place in dict(items)}
+        for place, delta in batch.items():
+            if new := delta.completion_tokens - (told[place].completion_tokens if place in told else 0):
+                if place in last:
+                    responder.meter.next_tokens(now - last[place], new)
+                else:
+                    responder.meter.first_token(now - began)
+                last[place] = now
+        told |= batch
+        yield batch
+    used = reply.counted([told[place] for place in sorted(told)])
+    responder.meter.answered(used["prompt_tokens"], used["completion_tokens"])
+
+
+async def _whole(first: Batch, rest: AsyncIterator[Batch]) -> list[Delta]:
+    """All that is said of each part, in their order."""
+    said = {place: [delta] for place, delta in first.items()}
+    async for batch in rest:
+        for place, delta in batch.items():
+            said.setdefault(place, []).append(delta)
+    return [merged(said[place]) for place in sorted(said)]
+
+
+async def _frames(responder: Responder, reply: Reply, first: Batch, rest: AsyncIterator[Batch]) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first piece is a frame, and then there is nothing more."""
+    last: Batch = {}
+    batch: Batch | None = first
     try:
-        while piece is not None:
-            if piece.text:
-                yield reply.text(piece.text)
-            if piece.finish_reason is not None:
-                tokens = usage(piece.prompt_tokens, piece.completion_tokens)
-                for closing in reply.closing(piece.finish_reason, tokens if include_usage else None):
-                    yield closing
-            piece = await anext(rest, None)
+        while batch is not None:
+            yield "".join(("" if place in last else reply.opening(place)) + reply.more(place, delta) for place, delta in batch.items())
+            last |= batch
+            batch = await anext(rest, None)
+        yield reply.closing([last[place] for place in sorted(last)])
     except ApiError as error:
+        responder.meter.refused(error.code)
         yield frame(error.body())
+    except Exception:
+        log.exception("a stream broke off")
+        responder.meter.refused(INTERNAL.code)
+        yield frame(INTERNAL.body())
+
+
+async def _only(request: Request, job: Job[Any]) -> Any:
+    """The one item of a job."""
+    async with _stopped_when_gone(request, job):
+        _, item = await anext(aiter(job))
+        return item
 
 
 async def _body(request: Request) -> bytes:
@@ -157,8 +230,7 @@ async def _stopped_when_gone(request: Request, job: Job[Any]) -> AsyncIterator[N
 
 
 def _responder(request: Request) -> Responder:
-    """Every way to the model leads through here, and past the key. Raises ApiError 401, and 503 before there is a model."""
-    require_key(request.headers.get("Authorization", ""), request.app.state.key)
+    """Every way to the model leads through here. Raises ApiError 503 before there is one."""
     responder = request.app.state.responder
     if not isinstance(responder, Responder):
         raise ApiError(503, "the model is still loading; ask again in a moment", "not_ready", retry_after=1)
@@ -167,6 +239,9 @@ def _responder(request: Request) -> Responder:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    responder = app.state.responder
+    if responder is not None and threading.current_thread() is threading.main_thread():
+        finish_first(responder.lane, responder.search_lane)
     yield
     if app.state.responder is not None:
         await asyncio.to_thread(app.state.responder.close)
@@ -174,6 +249,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    _refused(request, error)
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -185,4 +261,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     """The client learns nothing of our insides; the server's log has the traceback."""
-    return JSONResponse(ApiError(500, "the server failed at this request; its log says why", "internal_error").body(), 500)
+    _refused(request, INTERNAL)
+    return JSONResponse(INTERNAL.body(), INTERNAL.status)
+
+
+def _refused(request: Request, error: ApiError) -> None:
+    if isinstance(responder := request.app.state.responder, Responder):
+        responder.meter.refused(error.code)

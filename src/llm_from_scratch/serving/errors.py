@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+REFUSALS = {
+    400: "the request is wrong; `param` names the field at fault",
+    401: "the API key is missing or wrong",
+    404: "there is no such model",
+    405: "the route knows other methods",
+    413: "the body is longer than the limit",
+    429: "too many are waiting; Retry-After says when to come again",
+    500: "the server failed",
+    503: "the server is loading, going down, or took longer than its deadline; Retry-After says when to come again",
+}
+"""Every status that is not an answer."""
+
 
 class ErrorFields(TypedDict):
     """The inside of an error body. `param` is the request's field at fault, `code` a name that programs can rely on."""

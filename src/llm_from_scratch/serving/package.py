@@ -13,28 +13,33 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from llm_from_scratch import bundle
 from llm_from_scratch.inference.quantize import KINDS
 from llm_from_scratch.serving.limits import ServeParams
-from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, SERVING, check_package
+from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, RUNGS, SERVING, check_package
 
 NAME = "llm_from_scratch"
 BENTOML = (sys.executable, "-m", "bentoml")
 
 
-def package(model: Path, index: Path, embedder: Path, limits: ServeParams) -> str:
-    """One model in BentoML's store made of three bundles and the limits; its tag, which follows from the content.
+def package(model: Path, index: Path, embedder: Path, limits: ServeParams, rungs: Mapping[str, Path] | None = None) -> str:
+    """One model in BentoML's store made of three bundles, the ladder's `rungs` by name, and the limits; its tag.
 
-    The same content is stored once. Raises BundleError when a bundle is damaged, or the index was made with another embedder.
+    The tag follows from the content, and the same content is stored once. Raises BundleError when a bundle is damaged, or the index was
+    made with another embedder.
     """
     parts = {MODEL: model, INDEX: index, EMBEDDER: embedder}
     manifests = {MODEL: bundle.verify(model, *KINDS), INDEX: bundle.verify(index, "index"), EMBEDDER: bundle.verify(embedder, "corpus")}
     bundle.require_parent(manifests[INDEX], "embedder", manifests[EMBEDDER])
+    for name, rung in (rungs or {}).items():
+        parts[f"{RUNGS}/{name}"] = rung
+        manifests[f"{RUNGS}/{name}"] = bundle.verify(rung, *KINDS)
     digests = {part: manifest.digest for part, manifest in manifests.items()}
-    serving = json.dumps({"serve": limits.model_dump(), "digests": digests}, indent=2, sort_keys=True) + "\n"
+    serving = json.dumps({"serve": limits.model_dump(), "digests": digests}, indent=2) + "\n"
     tag = f"{NAME}:{hashlib.sha256(serving.encode()).hexdigest()[:24]}"
     if not _stored_whole(tag):
         _store(tag, parts, serving)

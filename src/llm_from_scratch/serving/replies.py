@@ -1,13 +1,20 @@
-"""Answers of the OpenAI API: whole, or a frame at a time as server-sent events."""
+"""Answers of the OpenAI API: whole, or a frame at a time as server-sent events.
+
+A stream that ended well ends in [DONE]. One that failed ends in a frame with an `error`, and there is neither a [DONE] after it nor a
+`finish_reason` in the answers it cut off, so that nobody can take them for complete; OpenAI's clients raise at that frame.
+"""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
+
+from llm_from_scratch.inference.sampling import TokenLogprob
+from llm_from_scratch.serving.logprobs import Names, chat_logprobs, completion_logprobs
 
 DONE = "data: [DONE]\n\n"
 """The last frame of a stream that ended well."""
@@ -27,42 +34,111 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
 
 def frame(fields: Mapping[str, Any]) -> str:
     """One server-sent event, on one line: JSON escapes every line break."""
-    return f"data: {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """More of one answer: text that begins `offset` characters into it, and the tokens read since the last one.
+
+    A token comes without its log probability where it is the first of all. Only the last delta has a `finish_reason`; the counts of tokens
+    are up to date in each. `annotations` are those of the whole text, None where nobody asked for any.
+    """
+
+    text: str
+    offset: int = 0
+    tokens: tuple[tuple[int, TokenLogprob | None], ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    annotations: tuple[dict[str, Any], ...] | None = None
+
+
+def merged(deltas: Sequence[Delta]) -> Delta:
+    """Deltas that follow each other as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    last = deltas[-1]
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        offset=deltas[0].offset,
+        tokens=tuple(token for delta in deltas for token in delta.tokens),
+        finish_reason=last.finish_reason,
+        prompt_tokens=last.prompt_tokens,
+        completion_tokens=last.completion_tokens,
+        annotations=last.annotations,
+    )
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The envelope that all parts of one answer share: an id, a time, the model's name and its fingerprint."""
+    """The envelope that all answers to one request share: `choices` of them for each prompt, one prompt after another.
+
+    `names` spells tokens where log probabilities were asked for, and is None where not.
+    """
 
     form: Literal["completion", "chat"]
     model: str
     fingerprint: str
+    choices: int = 1
+    names: Names | None = None
+    include_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     key: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, text: str, finish_reason: str, tokens: Usage) -> dict[str, Any]:
-        """The answer in one piece."""
+    def whole(self, answers: Sequence[Delta]) -> dict[str, Any]:
+        """The answers in one piece, in the order of their parts."""
+        kind = "chat.completion" if self.form == "chat" else "text_completion"
+        return {
+            **self._envelope(kind),
+            "choices": [self._whole(*numbered) for numbered in enumerate(answers)],
+            "usage": self.counted(answers),
+        }
+
+    def counted(self, answers: Sequence[Delta]) -> Usage:
+        """What they took together; a prompt counts once, however many answers it got."""
+        return usage(sum(answer.prompt_tokens for answer in answers[:: self.choices]), sum(answer.completion_tokens for answer in answers))
+
+    def opening(self, place: int) -> str:
+        """The frame before any text of an answer: a chat says who speaks."""
+        return self._chunk(place, {"delta": {"role": "assistant", "content": ""}}) if self.form == "chat" else ""
+
+    def more(self, place: int, delta: Delta) -> str:
+        """The frames with more of an answer, and with why it ended when it did."""
+        frames = ""
+        if delta.text or delta.annotations is not None:
+            said: dict[str, Any] = {"text": delta.text}
+            if self.form == "chat":
+                said = {"delta": {"content": delta.text, **_noted(delta)}}
+            frames = self._chunk(place, said, delta)
+        if delta.finish_reason is not None:
+            ended: dict[str, Any] = {"text": ""} if self.form == "completion" else {"delta": {}}
+            left = delta if not frames and delta.tokens else None
+            frames += self._chunk(place, ended, left, delta.finish_reason)
+        return frames
+
+    def closing(self, answers: Sequence[Delta]) -> str:
+        """The frames after all answers: what they took, if that was asked for, and the end."""
+        counted = frame({**self._envelope(self._chunk_object), "choices": [], "usage": self.counted(answers)}) if self.include_usage else ""
+        return counted + DONE
+
+    def _whole(self, place: int, answer: Delta) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": answer.text}
         if self.form == "chat":
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            return {**self._envelope("chat.completion"), "choices": [_choice(said, finish_reason)], "usage": tokens}
-        return {**self._envelope("text_completion"), "choices": [_choice({"text": text}, finish_reason)], "usage": tokens}
+            said = {"message": {"role": "assistant", "content": answer.text, "refusal": None, **_noted(answer)}}
+        return {"index": place, **said, "finish_reason": answer.finish_reason, "logprobs": self._logprobs(answer)}
 
-    def opening(self) -> list[str]:
-        """The frames before any text: a chat says who speaks."""
-        return [self._chunk({"delta": {"role": "assistant", "content": ""}}, None)] if self.form == "chat" else []
+    def _chunk(self, place: int, said: Mapping[str, Any], delta: Delta | None = None, finish_reason: str | None = None) -> str:
+        choice = {"index": place, **said, "finish_reason": finish_reason, "logprobs": self._logprobs(delta)}
+        uncounted = {"usage": None} if self.include_usage else {}
+        return frame({**self._envelope(self._chunk_object), "choices": [choice], **uncounted})
 
-    def text(self, text: str) -> str:
-        """A frame with more of the answer."""
-        return self._chunk({"delta": {"content": text}} if self.form == "chat" else {"text": text}, None)
-
-    def closing(self, finish_reason: str, tokens: Usage | None) -> list[str]:
-        """The frames after the text: why it ended, and what it took if that was asked for."""
-        last = self._chunk({"delta": {}} if self.form == "chat" else {"text": ""}, finish_reason)
-        counted = [frame({**self._envelope(self._chunk_object), "choices": [], "usage": tokens})] if tokens else []
-        return [last, *counted, DONE]
-
-    def _chunk(self, said: dict[str, Any], finish_reason: str | None) -> str:
-        return frame({**self._envelope(self._chunk_object), "choices": [_choice(said, finish_reason)]})
+    def _logprobs(self, delta: Delta | None) -> dict[str, Any] | None:
+        if self.names is None or delta is None:
+            return None
+        if self.form == "chat":
+            return chat_logprobs(delta.tokens, self.names)
+        return completion_logprobs(delta.tokens, self.names, delta.offset)
 
     @property
     def _chunk_object(self) -> str:
@@ -83,5 +159,5 @@ def model_card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "llm-from-scratch"}
 
 
-def _choice(said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, **said, "finish_reason": finish_reason, "logprobs": None}
+def _noted(delta: Delta) -> dict[str, Any]:
+    return {} if delta.annotations is None else {"annotations": list(delta.annotations)}

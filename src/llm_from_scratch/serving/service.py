@@ -1,7 +1,8 @@
 """The BentoML service: a packaged model, opened once, behind the API of `app`. Nothing is decided here.
 
-One worker, as the model answers one request at a time; torch takes all cores, or as many as OMP_NUM_THREADS says. BentoML itself
-brings /readyz (200 once the model is open), /livez and /metrics. Importing this module reads the arguments of the Bento that is served.
+One worker, as the engine puts requests together that come at the same time; torch takes all cores, or as many as OMP_NUM_THREADS says.
+BentoML itself brings /readyz (200 once the model is open, 503 while it goes down), /livez and /metrics. Importing this module reads the
+arguments of the Bento that is served.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import bentoml
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
+from llm_from_scratch.serving import ui
 from llm_from_scratch.serving.app import create_app
-from llm_from_scratch.serving.auth import read_key
+from llm_from_scratch.serving.auth import Guard, read_key
+from llm_from_scratch.serving.draining import finish_first
 from llm_from_scratch.serving.limits import LONGEST_DEADLINE
+from llm_from_scratch.serving.metrics import PrometheusMeter
 from llm_from_scratch.serving.responder import Responder, check_package
 
 
@@ -61,4 +67,28 @@ class LanguageModel:
 
     def __init__(self) -> None:
         app.state.key = api_key()
-        app.state.responder = Responder.open(Path(self.model.path))
+        self.responder = Responder.open(Path(self.model.path))
+        self.responder.meter = PrometheusMeter()
+        app.state.responder = self.responder
+        ui.mount(app, self.responder)
+        finish_first(self.responder.lane, self.responder.search_lane)
+
+    async def __is_ready__(self) -> bool:
+        return not self.responder.lane.draining
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    def close(self) -> None:
+        self.responder.close()
+
+
+async def untimed(middleware: TimeoutMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+    """BentoML never cancels its timer, which keeps what it knows of a request for `timeout` seconds: 8 KB each, 40 MB after 5,000.
+
+    The lane has a deadline of its own, with an answer that OpenAI's clients can read.
+    """
+    await middleware.app(scope, receive, send)
+
+
+TimeoutMiddleware.__call__ = untimed
+# BentoML's own routes too: its page, /docs.json and /schema.json. To mypy a decorated class is still the class.
+LanguageModel.add_asgi_middleware(Guard, key=lambda: app.state.key)  # type: ignore[attr-defined]
