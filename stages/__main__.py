@@ -1,6 +1,6 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
-Beside the graph: import and export of models, and documents that join an index or leave it.
+Beside the graph: import and export of models, documents that join an index or leave it, and whence, which says where something comes from.
 
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
 
@@ -24,16 +24,21 @@ if TYPE_CHECKING:
     from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
-BESIDE = "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, and documents --add FOLDER --remove ID; see their --help."
+BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence"}
+"""Commands beside the graph, and the modules that have them."""
+EPILOG = (
+    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, and whence THING; "
+    "see their --help."
+)
 SHARED = ("train",)
 """What several processes can do together."""
 
 
 def main() -> int:
     quiet_threads()
-    if sys.argv[1:2] in (["import"], ["export"], ["documents"]):
+    if sys.argv[1:2] and sys.argv[1] in BESIDE:
         return ended(" ".join(sys.argv[1:3]), lambda: beside(*sys.argv[1:]))
-    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of dvc.yaml.", epilog=BESIDE)
+    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of dvc.yaml.", epilog=EPILOG)
     parser.add_argument("stage", choices=STAGES, help="what to do")
     parser.add_argument("name", nargs="?", default="", help="which entry of the stage's section in params.yaml")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the parameters (default: params.yaml)")
@@ -59,10 +64,8 @@ def ended(who: str, work: Callable[[], None]) -> int:
 def beside(what: str, *given: str) -> None:
     from importlib import import_module
 
-    if what == "documents":
-        import_module("stages.documents").main(given)
-    else:
-        import_module("stages.exchange").main([what, *given])
+    module = BESIDE[what]
+    import_module(f"stages.{module}").main(given if module == what else [what, *given])
 
 
 def quiet_threads() -> None:

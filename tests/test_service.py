@@ -218,6 +218,31 @@ def test_a_prompt_of_token_ids_is_read_as_it_is_and_checked_against_the_vocabula
         client.completions.create(model="tiny", prompt=[1, 300])
 
 
+def test_an_answer_bears_the_digests_of_what_it_came_from_whole_and_streamed(engine: Engine, index: Index) -> None:
+    """And no header at all where they are not known, as with the other tests' responder."""
+    digests = {"model": "aa" * 32, "index": "bb" * 32, "embedder": "cc" * 32}
+    of_model, of_index = {"x-bundle-digest": digests["model"]}, {"x-index-digest": digests["index"]}
+    chat = {"model": "tiny", "messages": HELLO}
+    asked: tuple[tuple[str, dict[str, Any], dict[str, str]], ...] = (
+        ("/v1/completions", {"model": "tiny", "prompt": "The cat"}, of_model),
+        ("/v1/completions", {"model": "tiny", "prompt": "The cat", "stream": True}, of_model),
+        ("/v1/chat/completions", chat, of_model),
+        ("/v1/chat/completions", chat | {"documents": True}, of_model | of_index),
+        ("/v1/chat/completions", chat | {"documents": True, "stream": True}, of_model | of_index),
+        ("/ask", {"question": "What is a cat?"}, of_model | of_index),
+        ("/retrieve", {"query": "cat"}, of_index),
+        ("/v1/embeddings", {"model": "tiny-embedder", "input": "cat"}, {"x-embedder-digest": digests["embedder"]}),
+    )
+    with TestClient(create_app(Responder(engine, index, LIMITS, "fp_test", digests=digests))) as browser:
+        for path, body, wanted in asked:
+            reply = browser.post(path, json=body)
+            assert reply.status_code == 200, reply.text
+            assert {name: value for name, value in reply.headers.items() if name.endswith("-digest")} == wanted, path
+        assert [model["digest"] for model in browser.get("/v1/models").json()["data"]] == [digests["model"], digests["embedder"]]
+    with TestClient(create_app(Responder(engine, index, LIMITS, "fp_test"))) as browser:
+        assert not [name for name in browser.post("/ask", json={"question": "What is a cat?"}).headers if name.endswith("-digest")]
+
+
 def test_an_unknown_address_names_the_known_ones_and_a_wrong_method_is_405(browser: TestClient) -> None:
     assert "there is POST /v1/chat/completions" in browser.post("/v1/images").json()["error"]["message"]
     assert browser.get("/ask").status_code == 405

@@ -31,7 +31,7 @@ from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest,
 from llm_from_scratch.serving.openapi import document
 from llm_from_scratch.serving.parsing import parse
 from llm_from_scratch.serving.replies import Delta, Reply, frame, merged, model_card
-from llm_from_scratch.serving.responder import Responder, unknown_model
+from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, Responder, unknown_model
 
 ROUTES = "POST /v1/chat/completions, /v1/completions and /v1/embeddings, GET /v1/models, POST /ask and /retrieve, and GET /openapi.json"
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -73,35 +73,40 @@ async def openapi(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    limits = _responder(request).limits
-    return JSONResponse({"object": "list", "data": [model_card(limits.model_name), model_card(limits.embedding_name)]})
+    return JSONResponse({"object": "list", "data": list(_models(_responder(request)).values())})
 
 
 async def get_model(request: Request, name: str) -> Response:
-    limits = _responder(request).limits
-    if name not in (limits.model_name, limits.embedding_name):
-        raise unknown_model(name, limits.model_name)
-    return JSONResponse(model_card(name))
+    responder = _responder(request)
+    if (card := _models(responder).get(name)) is None:
+        raise unknown_model(name, responder.limits.model_name)
+    return JSONResponse(card)
 
 
 async def completions(request: Request) -> Response:
     asked = parse(await _body(request), CompletionRequest)
-    return await _generate(request, asked, await _responder(request).complete(asked))
+    responder = _responder(request)
+    return await _generate(request, asked, responder, await responder.complete(asked), MODEL)
 
 
 async def chat_completions(request: Request) -> Response:
     asked = parse(await _body(request), ChatRequest)
-    return await _generate(request, asked, await _responder(request).chat(asked))
+    responder = _responder(request)
+    read = (MODEL, INDEX) if asked.documents else (MODEL,)
+    return await _generate(request, asked, responder, await responder.chat(asked), *read)
 
 
 async def ask(request: Request) -> Response:
     question = parse(await _body(request), Ask).question
-    return JSONResponse(await _only(request, await _responder(request).ask(question)))
+    responder = _responder(request)
+    return JSONResponse(await _only(request, await responder.ask(question)), headers=responder.origin(MODEL, INDEX))
 
 
 async def retrieve(request: Request) -> Response:
     asked = parse(await _body(request), Retrieve)
-    return JSONResponse({"object": "list", "data": await _only(request, await _responder(request).retrieve(asked))})
+    responder = _responder(request)
+    found = await _only(request, await responder.retrieve(asked))
+    return JSONResponse({"object": "list", "data": found}, headers=responder.origin(INDEX))
 
 
 async def embeddings(request: Request) -> Response:
@@ -109,15 +114,19 @@ async def embeddings(request: Request) -> Response:
     responder = _responder(request)
     vectors, tokens = await _only(request, await responder.embed(asked))
     responder.meter.answered(tokens, 0)
-    return JSONResponse(embedding.reply(vectors, tokens, asked.model, asked.encoding_format or "float"))
+    body = embedding.reply(vectors, tokens, asked.model, asked.encoding_format or "float")
+    return JSONResponse(body, headers=responder.origin(EMBEDDER))
 
 
 async def unknown_route(request: Request) -> Response:
     raise ApiError(404, f"no {request.method} {request.url.path} here; there is {ROUTES}", "unknown_url")
 
 
-async def _generate(request: Request, asked: CompletionRequest | ChatRequest, job: Job[Delta]) -> Response:
-    responder = _responder(request)
+async def _generate(
+    request: Request, asked: CompletionRequest | ChatRequest, responder: Responder, job: Job[Delta], *read: str
+) -> Response:
+    """The answer, whole or as a stream; `read` are the parts of the package that it comes from."""
+    origin = responder.origin(*read)
     reply = Reply(
         "chat" if isinstance(asked, ChatRequest) else "completion",
         asked.model,
@@ -131,10 +140,10 @@ async def _generate(request: Request, asked: CompletionRequest | ChatRequest, jo
         # Whatever fails before the first piece still has a status of its own, in a stream too.
         first = await anext(batches)
         if not asked.stream:
-            return JSONResponse(reply.whole(await _whole(first, batches)))
+            return JSONResponse(reply.whole(await _whole(first, batches)), headers=origin)
     # The task runs when the client left in the middle of a frame: the generator is then not closed until it is collected.
     frames = _frames(responder, reply, first, batches)
-    return StreamingResponse(frames, media_type="text/event-stream", headers=UNBUFFERED, background=BackgroundTask(job.stop))
+    return StreamingResponse(frames, media_type="text/event-stream", headers=UNBUFFERED | origin, background=BackgroundTask(job.stop))
 
 
 Batch = dict[int, Delta]
@@ -188,6 +197,12 @@ async def _frames(responder: Responder, reply: Reply, first: Batch, rest: AsyncI
         log.exception("a stream broke off")
         responder.meter.refused(INTERNAL.code)
         yield frame(INTERNAL.body())
+
+
+def _models(responder: Responder) -> dict[str, dict[str, Any]]:
+    """What is served, by name."""
+    parts = {responder.limits.model_name: MODEL, responder.limits.embedding_name: EMBEDDER}
+    return {name: model_card(name, responder.digests.get(part)) for name, part in parts.items()}
 
 
 async def _only(request: Request, job: Job[Any]) -> Any:

@@ -154,9 +154,10 @@ class Reply:
         }
 
 
-def model_card(name: str) -> dict[str, Any]:
-    """An entry of GET /v1/models."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "llm-from-scratch"}
+def model_card(name: str, digest: str | None = None) -> dict[str, Any]:
+    """An entry of GET /v1/models; `digest` is that of the bundle behind it, where it is known."""
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "llm-from-scratch"}
+    return card if digest is None else card | {"digest": digest}
 
 
 def _noted(delta: Delta) -> dict[str, Any]:

@@ -34,21 +34,32 @@ from llm_from_scratch.tokenizer.chat import render
 MODEL, INDEX, EMBEDDER, RUNGS, SERVING = "model", "index", "embedder", "rungs", "serving.json"
 """What a packaged folder holds: three bundles, the smaller models of the ladder, and the limits with the digests of the bundles."""
 
+ORIGIN = {MODEL: "X-Bundle-Digest", INDEX: "X-Index-Digest", EMBEDDER: "X-Embedder-Digest"}
+"""The response headers that say which bundles an answer came from; `python -m stages whence` takes what is in them."""
+
 
 class Responder:
     """Answers requests from one engine and one index. `fingerprint` names the exact weights, as a seed holds only for those.
 
-    `rungs` are the models of the ladder that came with it, for the page to show, in their order.
+    `rungs` are the models of the ladder that came with it, for the page to show, in their order. `digests` are those of the parts that were
+    packaged; parts without one are served without saying where they come from.
     """
 
     def __init__(
-        self, engine: Engine, index: Index, limits: ServeParams, fingerprint: str, rungs: Mapping[str, Engine] | None = None
+        self,
+        engine: Engine,
+        index: Index,
+        limits: ServeParams,
+        fingerprint: str,
+        rungs: Mapping[str, Engine] | None = None,
+        digests: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
         self.index = index
         self.limits = limits
         self.fingerprint = fingerprint
         self.rungs = dict(rungs or {})
+        self.digests = dict(digests or {})
         self.meter = Meter()
         self.lane = Lane(limits.slots, limits.maximum_waiting, limits.deadline_seconds, self._report)
         self.search_lane = Lane(1, limits.maximum_waiting, limits.deadline_seconds)
@@ -70,7 +81,11 @@ class Responder:
         index = Index.open(folder / INDEX, SharedEmbedder.open(folder / EMBEDDER))
         rungs = {part.removeprefix(f"{RUNGS}/"): Engine.open(folder / part, verify=False) for part in digests if part.startswith(RUNGS)}
         engine = Engine.open(folder / MODEL, verify=False, batching=Batching(slots=limits.slots, prefill_chunk=limits.prefill_chunk))
-        return cls(engine, index, limits, f"fp_{digests[MODEL][:12]}", rungs)
+        return cls(engine, index, limits, f"fp_{digests[MODEL][:12]}", rungs, digests)
+
+    def origin(self, *parts: str) -> dict[str, str]:
+        """Response headers: the digests of the `parts` (MODEL, INDEX, EMBEDDER) that an answer came from."""
+        return {ORIGIN[part]: self.digests[part] for part in parts if part in self.digests}
 
     async def complete(self, request: CompletionRequest) -> Job[Delta]:
         """A part for each prompt and each of its `n` answers. Raises ApiError when it asks for too much, or too many are waiting."""
