@@ -26,8 +26,10 @@ from ruamel.yaml import YAML
 
 from benchmarks import table
 from llm_from_scratch import bundle
+from llm_from_scratch.data.rendered import write_conversations
 from llm_from_scratch.data.shards import write_shards
 from llm_from_scratch.tokenizer.char import train_char
+from llm_from_scratch.tokenizer.chat import render
 from stages.__main__ import read_yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -148,6 +150,8 @@ def toy_tokens(folder: Path) -> None:
         words.save(partial)
         texts = [proverb * 20 for proverb in PROVERBS]
         facts = write_shards(partial, {"train": texts, "validation": texts}, words.encode_batch, words.eot, words.vocab_size)
+        said = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": proverb[:8]}] for proverb in PROVERBS]
+        write_conversations(partial, (render(messages, words, prompt=False) for messages in said))
         bundle.seal(partial, "tokens", "tokenize@toy", **facts)
 
 

@@ -202,6 +202,7 @@ def project(tmp_path: Path) -> Path:
     params = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
     shape = {"context": 16, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 40, "layers": 2}
     params["train"]["base"] |= {"context": 16, "batch": 4, "steps": 400, "warmup_steps": 5, "evaluate_every": 200, "checkpoint_every": 20}
+    params["train"]["base"] |= {"lessons": None}
     params["train"]["base"] |= {"parallel": "fsdp", "model": {**params["train"]["base"]["model"], **shape}}
     with (tmp_path / "params.yaml").open("w") as file:
         YAML().dump(params, file)
