@@ -19,7 +19,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint types smoke serve mlflow prefect flow package lock clean
+.PHONY: help setup repro test test-long lint types smoke serve mlflow prefect flow package lock clean
 .PHONY: notebooks audit packages workflows containers sbom
 
 help: ## this list
@@ -56,6 +56,9 @@ smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yam
 
 test: lint types ## lint, types and the whole test suite, the real graph at toy size in it
 	python -m pytest
+
+test-long: setup ## those that are left out for time: the real open model, every method killed, every variant of a benchmark
+	python -m pytest --long -m long
 
 lint: setup
 	ruff check .

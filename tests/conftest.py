@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # Before torch, mlflow, prefect or great_expectations is imported anywhere.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 for name, value in {
@@ -25,3 +27,14 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 # Before pip, whose finder the download stage uses, takes away the shim through which setuptools, and so torch.compile, finds distutils.
 import setuptools  # noqa: E402, F401
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the tests marked long too: more of what the others show on an example")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long; make test-long runs it"))

@@ -166,7 +166,7 @@ def outcome(root: Path, name: str) -> tuple[str, str]:
     return bundle.file_digest(weights), bundle.verify(folder).digest
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "lora", "reward", "dpo", "grpo")]
+SLOWER = [pytest.param(name, marks=pytest.mark.long) for name in ("sft", "lora", "reward", "dpo", "grpo")]
 
 
 @pytest.mark.parametrize("name", ["ppo", *SLOWER])

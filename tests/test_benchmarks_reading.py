@@ -52,7 +52,7 @@ def test_every_variant_differs_from_the_recipe_in_what_it_is_named_for():
     assert taught(others["lessons not first"]) == pytest.approx(taught(ours)), "as many, but elsewhere"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_variant_has_its_row_and_what_is_finished_is_not_made_again(tmp_path: Path):
     project = tmp_path / "project"
     with bundle.writing(project / "artifacts/raw/wikipedia") as folder:

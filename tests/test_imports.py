@@ -427,7 +427,7 @@ def no_web(url: str, headers: Any) -> Any:
     raise OSError(f"nothing but the registry is asked, and not {url}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.network
 def test_a_real_open_model_is_transformers_bit_for_bit_and_word_for_word(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct in Q4_1: weights, ids, chat and greedy text. transformers takes its split pattern for GPT-2's, and sees not
