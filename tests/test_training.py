@@ -58,7 +58,7 @@ PLAN: dict[str, Any] = {
     "evaluate_every": 25,
     "checkpoint_every": 20,
 }
-BIGRAM = {**PLAN, "tokens": "letters", "evaluate_tokens": 0, "model": {"architecture": "bigram"}}
+BIGRAM = {**PLAN, "tokens": "letters", "evaluate_tokens": 0, "lessons": None, "model": {"architecture": "bigram"}}
 
 
 def plan(**changes: Any) -> Plan:
@@ -737,4 +737,6 @@ def test_the_stage_refuses_what_it_cannot_train_on(tmp_path: Path) -> None:
     tokens_in(tmp_path)
     with pytest.raises(ValueError, match=r"1352 training tokens are fewer than one window of context \+ 1 = 2001; lower context"):
         train.run(params(rung=BIGRAM | {"context": 2000}), "rung", tmp_path)
+    with pytest.raises(ValueError, match=r"has no lessons; set tokenize.letters.lessons to true, or take the rung's section lessons out"):
+        train.run(params(rung=BIGRAM | {"lessons": {"first": 1, "share": 0.5, "batch": 2}}), "rung", tmp_path)
     assert not (tmp_path / "artifacts/models").exists()
