@@ -165,7 +165,7 @@ class Chains:
         self.project = project
         self.bundle = cache(self._bundle)
         self.content = cache(content)
-        self.memory = store(project.root)
+        tracking.connect(store(project.root), rebuild="", revision="", digests={})
 
     def _bundle(self, folder: str) -> Link:
         """The bundle in `folder` and all that it was made from."""
@@ -177,7 +177,7 @@ class Chains:
         facts |= built(project, made.made_by, self.content(project.root / folder))
         parents = {role: self.parent(made, digest) for role, digest in made.parents.items()}
         here = {parent.what: self.content(project.root / parent.what) for parent in parents.values() if parent.what in project.bundles}
-        facts |= remembered(self.memory, made.made_by, made.digest, here, facts.get("params", {}))
+        facts |= tracking.remembered(made.made_by, made.digest, here, facts.get("params", {}))
         return Link(folder, made.kind, facts | {"facts": made.facts}, parents)
 
     def parent(self, child: Manifest, digest: str) -> Link:
@@ -195,7 +195,7 @@ class Chains:
         facts: dict[str, Any] = {"made_by": "readme, from evaluate" if str(path) in PAGES else "evaluate", "numbers": METRICS, "keys": keys}
         facts |= committed(self.project.root, path)
         facts |= {"params": self.project.params.get("evaluate", {}), "params_from": "params.yaml as it is now"}
-        facts |= remembered(self.memory, "evaluate", "", {}, facts["params"])
+        facts |= tracking.remembered("evaluate", "", {}, facts["params"])
         places = dict.fromkeys(place for key in keys for place in self.places(key))
         return Link(
             path.as_posix(), "figure" if path.suffix == ".png" else "page", facts, {place: self.reported(place) for place in places}
@@ -327,48 +327,8 @@ def store(root: Path) -> str:
     return "" if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists() else uri
 
 
-def remembered(uri: str, made_by: str, digest: str, inputs: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
-    """What MLflow knows: versions with this digest, and the last finished run of this node that read the same with the same params."""
-    if not uri:
-        return {}
-    tracking.connect(uri, "", "", {})
-    try:
-        client = tracking._client()
-        versions = client.search_model_versions(f"tags.digest = '{digest}'") if digest else []
-        experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-        finished = f"attributes.run_name = '{made_by}' and attributes.status = 'FINISHED'"
-        newest = ["attributes.start_time DESC"]
-        runs = client.search_runs([experiment.experiment_id], finished, order_by=newest) if experiment else []
-    except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): the chain does not depend on it
-        return {"mlflow": f"cannot be asked: {' '.join(str(error).split())[:160]}"}
-    known: dict[str, Any] = {}
-    if versions:
-        known["registered"] = [f"{found.name} version {found.version}{during(found.tags)}" for found in versions]
-    now = flat(params)
-    for run in runs:
-        read = {given.dataset.name: given.dataset.digest for given in run.inputs.dataset_inputs}
-        same_inputs = all(f"{read[name]}.dir" == found for name, found in inputs.items() if name in read)
-        if same_inputs and all(agree(value, now[name]) for name, value in run.data.params.items() if name in now):
-            known["mlflow"] = f"run {run.info.run_id}{during(run.data.tags)}"
-            break
-    return known
-
-
-def during(tags: Mapping[str, str]) -> str:
-    return f" of rebuild {tags.get('rebuild') or 'unknown'}, code {tags.get('revision') or 'not recorded'}"
-
-
-def agree(noted: str, now: str) -> bool:
-    """Whether a param is the same, but for how Python writes numbers and sequences; what MLflow noted is cut at 500 characters."""
-    try:
-        return float(noted) == float(now)
-    except ValueError:
-        then, today = (re.sub(r"[\[\](), ]", "", value) for value in (noted, now))
-        return then == today or (len(noted) == 500 and today.startswith(then))
-
-
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Params as tracking notes them."""
+    """One row a number, named by its path."""
     rows: dict[str, str] = {}
     for name, value in params.items():
         rows |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}

@@ -6,6 +6,7 @@ every function here is silent, and where MLflow fails in mid-run the build goes 
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,6 +157,45 @@ def champion_of(name: str) -> ModelVersion | None:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:  # the latter for an alias that was never set
             raise
         return None
+
+
+def remembered(made_by: str, digest: str, inputs: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
+    """What MLflow knows: versions with this digest, and the last finished run of this node that read the same with the same params."""
+    if not _connection.uri:
+        return {}
+    try:
+        client = _client()
+        versions = client.search_model_versions(f"tags.digest = '{digest}'") if digest else []
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        finished = f"attributes.run_name = '{made_by}' and attributes.status = 'FINISHED'"
+        newest = ["attributes.start_time DESC"]
+        runs = client.search_runs([experiment.experiment_id], finished, order_by=newest) if experiment else []
+    except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): the chain does not depend on it
+        return {"mlflow": f"cannot be asked: {' '.join(str(error).split())[:160]}"}
+    known: dict[str, Any] = {}
+    if versions:
+        known["registered"] = [f"{found.name} version {found.version}{_during(found.tags)}" for found in versions]
+    now = {param.key: param.value for param in _flat_params(params)}
+    for run in runs:
+        read = {given.dataset.name: given.dataset.digest for given in run.inputs.dataset_inputs}
+        same_inputs = all(f"{read[name]}.dir" == found for name, found in inputs.items() if name in read)
+        if same_inputs and all(_agree(value, now[name]) for name, value in run.data.params.items() if name in now):
+            known["mlflow"] = f"run {run.info.run_id}{_during(run.data.tags)}"
+            break
+    return known
+
+
+def _during(tags: Mapping[str, str]) -> str:
+    return f" of rebuild {tags.get('rebuild') or 'unknown'}, code {tags.get('revision') or 'not recorded'}"
+
+
+def _agree(noted: str, now: str) -> bool:
+    """Whether a param is the same, but for how Python writes numbers and sequences; what MLflow noted is cut at 500 characters."""
+    try:
+        return float(noted) == float(now)
+    except ValueError:
+        then, today = (re.sub(r"[\[\](), ]", "", value) for value in (noted, now))
+        return then == today or (len(noted) == 500 and today.startswith(then))
 
 
 class _Run:

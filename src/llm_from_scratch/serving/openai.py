@@ -7,6 +7,7 @@ supported is refused by name, never ignored. Images, audio and tools are what it
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
@@ -93,7 +94,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Request(Form):
+class Request(Form, ABC):
     """What completions and chat have in common. Beyond OpenAI's: `top_k`, `min_p` and `repetition_penalty`, as vLLM names them."""
 
     model: str
@@ -125,9 +126,9 @@ class Request(Form):
         return "max_tokens", self.max_tokens
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """For how many alternatives of each token a log probability is wanted; None: for none at all."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
