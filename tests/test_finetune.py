@@ -35,6 +35,7 @@ from llm_from_scratch.training.optimizer import build as build_optimizer
 from llm_from_scratch.training.resume import Journal
 from stages import finetune as stage
 from stages.__main__ import read_yaml
+from tests.tiny import in_float32
 
 PLAN = {
     "seed": 1,
@@ -558,7 +559,7 @@ def test_an_adapter_over_four_bits_is_the_same_to_transformers_as_to_us(packed: 
     attached = shaken(lora.attach(packed, LoraParams(**DETOUR), seed=1, tokens=range(316, 320))).eval()
     lora.save_adapter(attached, tmp_path / "adapter", "base_nf4")
 
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    base = in_float32(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32))
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     ours = lora.load_adapter(load_bundle(tmp_path / "packed"), tmp_path / "adapter").eval()
     with torch.no_grad():

@@ -42,6 +42,7 @@ from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.tokenizer import BpeTokenizer
 from stages import quantize as stage
 from stages.__main__ import read_yaml
+from tests.tiny import in_float32
 
 VOCAB = 61
 EOT = 60
@@ -107,7 +108,7 @@ def test_transformers_opens_the_folder_and_gives_our_logits(plain: Path, scheme:
     from transformers import AutoModelForCausalLM
 
     model, folder = written(plain, scheme)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = in_float32(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     with torch.no_grad():
         assert torch.allclose(logits_of(model, ids_of(20)), theirs(ids_of(20)).logits, atol=1e-4)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from llm_from_scratch import bundle, tokenizer
 from llm_from_scratch.inference.quantize import load_bundle, quantize, save_quantized
@@ -88,3 +89,11 @@ def tiny_passages(texts: Sequence[str] = SENTENCES) -> list[Passage]:
 def tiny_index(folder: Path, embedder: Embedder, texts: Sequence[str] = SENTENCES) -> Index:
     """The texts, indexed and sealed."""
     return tiny_retrieval.tiny_index(folder, embedder, tiny_passages(texts))
+
+
+def in_float32(theirs: nn.Module) -> nn.Module:
+    """A model that transformers opened, its 4-bit layers kept from rounding activations to bfloat16 where the CPU could multiply that."""
+    for layer in theirs.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return theirs

@@ -87,6 +87,9 @@ def _empty_layer(linear: nn.Linear, packing: Packing) -> Any:
             layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIER)
         else:
             layer = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
+            # Where a CPU multiplies bfloat16, bitsandbytes would round activations and scales to it, and save the scales rounded:
+            # another model there, and other bytes, than on a CPU that cannot.
+            layer.support_avx512bf16_for_cpu = False
     layer.bias = linear.bias
     return layer
 
