@@ -185,12 +185,32 @@ def test_without_documents_the_model_talks_and_remembers_what_was_said(page: Pag
     for question in ("What is a cat?", "And a dog?"):
         chat.get_by_role("textbox", name="Message").fill(question)
         chat.get_by_role("button", name="Send").click()
+        expect(chat.get_by_role("textbox", name="Message")).to_have_value("")
         said.append({"role": "user", "content": question})
         text = "".join(piece.text for piece in served.responder.engine.chat(said, GREEDY))
         expect(chat.get_by_test_id("bot").last).to_have_text(text)
         said.append({"role": "assistant", "content": text})
 
     assert chat.get_by_role("button", name=re.compile(r"^\[1\]")).count() == 0
+    chat.get_by_label("Answer from the documents").check()
+
+
+def test_a_question_typed_while_another_is_answered_stays_in_the_box(page: Page, served: Served) -> None:
+    """Every piece of a streamed answer used to empty the box again."""
+    chat = tab(page, "Chat")
+    if (clear := chat.get_by_role("button", name="Clear")).is_visible():
+        clear.click()
+    chat.get_by_label("Answer from the documents").uncheck()
+    box = chat.get_by_role("textbox", name="Message")
+    box.fill("What is a cat?")
+    chat.get_by_role("button", name="Send").click()
+    expect(box).to_have_value("")
+    box.fill("And a dog?")
+
+    text = "".join(piece.text for piece in served.responder.engine.chat([{"role": "user", "content": "What is a cat?"}], GREEDY))
+    expect(chat.get_by_test_id("bot").last).to_have_text(text)
+    expect(box).to_have_value("And a dog?")
+    box.fill("")
     chat.get_by_label("Answer from the documents").check()
 
 

@@ -80,13 +80,14 @@ def page(gr: Any, responder: Responder) -> Any:
 
 
 def _chat(gr: Any, responder: Responder) -> None:
-    async def talk(message: str, shown: Shown, documents: bool, temperature: float, new_tokens: float) -> AsyncIterator[tuple[str, Shown]]:
+    async def talk(message: str, shown: Shown, documents: bool, temperature: float, new_tokens: float) -> AsyncIterator[tuple[Any, Shown]]:
         asked = [*shown, _message("user", message)]
+        yield "", asked  # once: who types the next question while this one is answered keeps what is typed
         try:
             sampling = Sampling(temperature=temperature, max_tokens=int(new_tokens))
             async with aclosing(ui_work.chat(responder, _turns(asked), documents, sampling)) as answers:
                 async for said in answers:
-                    yield "", [*asked, _message("assistant", said.text), *_sources(said)]
+                    yield gr.skip(), [*asked, _message("assistant", said.text), *_sources(said)]
         except (ApiError, ValueError) as error:
             yield message, [*asked, _message("assistant", str(error), title="No answer")]
 
