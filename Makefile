@@ -54,11 +54,14 @@ repro: setup ## raw text to a served-ready model and a report; the second time, 
 smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
 	python -m pipelines experiment smoke -- --temp
 
+# A process a core, each with whole files of tests in the order that tests/conftest.py puts them in.
+SHARE = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: lint types ## lint, types and the whole test suite, the real graph at toy size in it
-	python -m pytest
+	python -m pytest $(SHARE)
 
 test-long: setup ## those that are left out for time: the real open model, every method killed, every variant of a benchmark
-	python -m pytest --long -m long
+	python -m pytest --long -m long $(SHARE)
 
 lint: setup
 	ruff check .

@@ -24,9 +24,14 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores, so that none waits for threads of another
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
 
 # Before pip, whose finder the download stage uses, takes away the shim through which setuptools, and so torch.compile, finds distutils.
 import setuptools  # noqa: E402, F401
+
+LONGEST = ("test_pipeline.py", "test_pipelines.py", "test_benchmarks_training.py", "test_service.py")
+"""Files to begin with, where several processes take a file each: begun last, one would keep the others waiting."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not config.getoption("--long"):
         for item in items:
             if "long" in item.keywords:
