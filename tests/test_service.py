@@ -37,29 +37,12 @@ from llm_from_scratch.serving.auth import read_key
 from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Check, Lane
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import package, require_free
 from llm_from_scratch.serving.responder import Responder
-from tests.tiny import CONTEXT, SENTENCES, tiny_embedder, tiny_index, tiny_model, tiny_quantized
+from tests.tiny import CONTEXT, SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model, tiny_quantized
 
 ROOT = Path(__file__).parent.parent
-LIMITS = ServeParams(
-    model="chat_int8",
-    model_name="tiny",
-    embedding_name="tiny-embedder",
-    slots=2,
-    prefill_chunk=16,
-    maximum_prompt_tokens=64,
-    maximum_new_tokens=32,
-    default_new_tokens=8,
-    maximum_choices=3,
-    maximum_inputs=4,
-    maximum_body_bytes=4096,
-    maximum_waiting=1,
-    deadline_seconds=60,
-    passages=2,
-    maximum_passages=3,
-)
+LIMITS = tiny_limits()
 HELLO = [{"role": "user", "content": "What is a cat?"}]
 
 
@@ -90,10 +73,6 @@ def engine(parts: Parts) -> Engine:
 @pytest.fixture(scope="module")
 def index(parts: Parts) -> Index:
     return Index.open(parts.index, SharedEmbedder.open(parts.embedder))
-
-
-def limits(**changes: Any) -> ServeParams:
-    return LIMITS.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +291,7 @@ def test_a_failure_of_ours_tells_the_client_nothing_of_our_insides(engine: Engin
 
 def test_a_default_length_that_leaves_no_room_for_a_question_is_refused(engine: Engine, index: Index) -> None:
     with pytest.raises(ValueError, match=f"serve.default_new_tokens is {CONTEXT}, which leaves no room"):
-        Responder(engine, index, limits(default_new_tokens=CONTEXT), "fp_test")
+        Responder(engine, index, tiny_limits(default_new_tokens=CONTEXT, maximum_new_tokens=CONTEXT), "fp_test")
 
 
 # The line before the model.
@@ -495,7 +474,7 @@ LONG = 100_000  # tokens: minutes of work
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_stops_its_answer(stream: bool, engine: Engine, index: Index) -> None:
     async def scenario() -> None:
-        responder = Responder(engine, index, limits(maximum_new_tokens=LONG, slots=1), "fp_test")
+        responder = Responder(engine, index, tiny_limits(maximum_new_tokens=LONG, slots=1, maximum_choices=2), "fp_test")
         asked = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": LONG, "stream": stream}
         leave = (lambda sent: len(sent) > 5) if stream else (lambda sent: not sent)
         sent = await hang_up_on(create_app(responder), "/v1/completions", asked, leave)
@@ -525,7 +504,7 @@ def test_a_question_breaks_off_in_the_middle_of_its_answer_too(parts: Parts, ind
     long_reader = Engine.open(tiny_model(tmp_path / "model", context=4096))
 
     async def scenario() -> None:
-        wide = limits(maximum_new_tokens=4000, default_new_tokens=4000)
+        wide = tiny_limits(maximum_new_tokens=4000, default_new_tokens=4000)
         responder = Responder(long_reader, index, wide, "fp_test")
         sent = await hang_up_on(create_app(responder), "/ask", {"question": "What is a cat?"}, lambda sent: not sent)
         assert sent[0]["status"] == 499
@@ -536,7 +515,7 @@ def test_a_question_breaks_off_in_the_middle_of_its_answer_too(parts: Parts, ind
 
 def test_a_fourth_client_is_turned_away_with_429_and_when_to_come_back(engine: Engine, index: Index) -> None:
     async def scenario() -> None:
-        responder = Responder(engine, index, limits(maximum_new_tokens=LONG), "fp_test")
+        responder = Responder(engine, index, tiny_limits(maximum_new_tokens=LONG), "fp_test")
         app = create_app(responder)
         first_three = [responder.lane.submit(counting) for _ in range(3)]
         sent = await hang_up_on(app, "/v1/completions", {"model": "tiny", "prompt": "a"}, lambda sent: bool(sent))
@@ -551,7 +530,7 @@ def test_a_fourth_client_is_turned_away_with_429_and_when_to_come_back(engine: E
 
 
 def test_an_error_in_the_middle_of_a_stream_is_a_frame_and_no_done_follows(engine: Engine, index: Index) -> None:
-    responder = Responder(engine, index, limits(maximum_new_tokens=LONG, deadline_seconds=0.5), "fp_test")
+    responder = Responder(engine, index, tiny_limits(maximum_new_tokens=LONG, deadline_seconds=0.5), "fp_test")
     with TestClient(create_app(responder)) as browser:
         asked = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": LONG, "stream": True}
         text = browser.post("/v1/completions", json=asked).text
@@ -569,7 +548,6 @@ BLOCK = f"import sys\nsys.path[:] = [folder for folder in sys.path if folder != 
 PACKAGE_AND_BUILD = """
 import json, sys
 from pathlib import Path
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import build, package
 
 model, index, embedder, root = map(Path, sys.argv[1:5])

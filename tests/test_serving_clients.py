@@ -38,29 +38,12 @@ from llm_from_scratch.retrieval.index import Index
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.lane import Job
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.replies import Delta, Reply
 from llm_from_scratch.serving.responder import Responder
 from llm_from_scratch.tokenizer.chat import render
-from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_model
+from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model
 
-LIMITS = ServeParams(
-    model="sft",
-    model_name="tiny",
-    embedding_name="tiny-embedder",
-    slots=4,
-    prefill_chunk=16,
-    maximum_prompt_tokens=100,
-    maximum_new_tokens=32,
-    default_new_tokens=8,
-    maximum_choices=8,
-    maximum_inputs=4,
-    maximum_body_bytes=65536,
-    maximum_waiting=32,
-    deadline_seconds=60,
-    passages=2,
-    maximum_passages=3,
-)
+LIMITS = tiny_limits(slots=4, maximum_waiting=32, maximum_choices=8, maximum_prompt_tokens=100, maximum_body_bytes=65536)
 ROOT = Path(__file__).parent.parent
 KEY = "sk-test"
 QUESTION = [{"role": "user", "content": "What is a cat?"}]
