@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -17,6 +18,7 @@ import pytest
 import uvicorn
 from bentoml.exceptions import BentoMLException
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY
 
 from benchmarks import serving_clients
 from llm_from_scratch.inference.batching import Batching, Stats
@@ -162,20 +164,15 @@ def test_a_reload_that_fails_leaves_the_model_that_answers_and_two_at_once_are_o
 
 
 def test_a_server_that_goes_down_meanwhile_takes_no_other_model(open_model: Callable[[str | None], Responder]) -> None:
-    served = Served(open_model("a"))
-
     def opened(tag: str | None) -> Responder:
-        for lane in served.lanes():
+        for lane in app.state.served.lanes():
             lane.drain()  # as SIGTERM does
         return open_model(tag)
 
-    served.open_stored = opened
-    app = create_app()
-    app.state.served.__dict__ = served.__dict__
+    app = create_app(open_model("a"), open_stored=opened)
     with TestClient(app, client=HERE) as browser:
         assert browser.post("/admin/reload", json={}).status_code == 503
-    assert served.now is not None
-    assert served.now.digests[MODEL] == DIGESTS["a"]
+        assert app.state.served.now.digests[MODEL] == DIGESTS["a"]
 
 
 def test_only_the_owner_may_reload(open_model: Callable[[str | None], Responder]) -> None:
@@ -199,13 +196,14 @@ def test_the_load_of_two_models_is_added_up_and_one_that_is_gone_counts_no_more(
         """Anything that can be gone."""
 
     meter, old, new = PrometheusMeter(), Model(), Model()
+    told = partial(REGISTRY.get_sample_value, "llm_cache_tokens")
     meter.load(old, 3, Stats(2, 0, 50, 100, 0))
     meter.load(new, 1, Stats(1, 0, 10, 100, 0))
-    assert (meter._waiting._value.get(), meter._running._value.get()) == (4, 3)
-    assert [meter._cache.labels(state)._value.get() for state in ("used", "capacity")] == [60, 200]
+    assert (REGISTRY.get_sample_value("llm_queue_length"), REGISTRY.get_sample_value("llm_running")) == (4, 3)
+    assert (told({"state": "used"}), told({"state": "capacity"})) == (60, 200)
     del old
     meter.load(new, 0, Stats(1, 0, 10, 100, 0))
-    assert [meter._cache.labels(state)._value.get() for state in ("used", "capacity")] == [10, 100]
+    assert (told({"state": "used"}), told({"state": "capacity"})) == (10, 100)
 
 
 def test_bentomls_timer_leaves_nothing_behind_and_a_bentoml_without_it_is_one_line() -> None:

@@ -24,6 +24,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from ruamel.yaml import YAML
 
 from llm_from_scratch import bundle
@@ -48,9 +49,10 @@ HELLO = [{"role": "user", "content": "What is a cat?"}]
 
 @dataclass(frozen=True)
 class Parts:
-    """The three bundles that are served."""
+    """The three bundles that are served, and another model, the one that was quantized."""
 
     model: Path
+    floats: Path
     index: Path
     embedder: Path
 
@@ -58,8 +60,8 @@ class Parts:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     folder = tmp_path_factory.mktemp("bundles")
-    made = Parts(folder / "model_int8", folder / "index", folder / "embedder")
-    tiny_quantized(made.model, tiny_model(folder / "model"))
+    made = Parts(folder / "model_int8", folder / "model", folder / "index", folder / "embedder")
+    tiny_quantized(made.model, tiny_model(made.floats))
     tiny_embedder(made.embedder)
     tiny_index(made.index, Embedder.open(made.embedder))
     return made
@@ -550,15 +552,19 @@ import json, sys
 from pathlib import Path
 from llm_from_scratch.serving.package import build, package
 
-model, index, embedder, root = map(Path, sys.argv[1:5])
-tags = [package(model, index, embedder, ServeParams.model_validate(json.loads(sys.argv[5]))) for _ in range(2)]
+model, floats, index, embedder, root = map(Path, sys.argv[1:6])
+limits = ServeParams.model_validate(json.loads(sys.argv[6]))
+tags = [package(packed, index, embedder, limits) for packed in (model, model, floats)]
 print(json.dumps({"models": tags, "bento": build(root, tags[0])}))
 """
 
 
 @dataclass(frozen=True)
 class Built:
-    """A store with one model and one Bento in it, and the environment of a machine that has neither this project nor its package."""
+    """A store with a model that was put there twice, another one, and a Bento of the first.
+
+    And the environment of a machine that has neither this project nor its package.
+    """
 
     models: list[str]
     bento: str
@@ -575,7 +581,7 @@ def built(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Built:
     (folder / "elsewhere").mkdir()
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("BENTOML", "PYTHON"))}
     ours |= {"BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True", "OMP_NUM_THREADS": "1"}
-    arguments = [str(parts.model), str(parts.index), str(parts.embedder), str(ROOT), LIMITS.model_dump_json()]
+    arguments = [str(parts.model), str(parts.floats), str(parts.index), str(parts.embedder), str(ROOT), LIMITS.model_dump_json()]
     here = ours | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         [sys.executable, "-c", PACKAGE_AND_BUILD, *arguments], env=here, capture_output=True, text=True, timeout=500, check=False
@@ -651,6 +657,65 @@ def test_the_bento_brings_its_page(server: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_bento_takes_over_another_model_of_its_store_and_the_first_one_again(server: str, built: Built, parts: Parts) -> None:
+    for tag, folder in ((built.models[2], parts.floats), (built.models[0], parts.model)):
+        digest = bundle.read_manifest(folder).digest
+        taken = httpx2.post(f"{server}/admin/reload", json={"model": tag}, timeout=120)
+        asked = httpx2.post(f"{server}/v1/completions", json={"model": "tiny", "prompt": "The cat"}, timeout=60)
+        assert (taken.status_code, taken.json()["digest"], asked.headers["x-bundle-digest"]) == (200, digest, digest)
+
+    wrong = httpx2.post(f"{server}/admin/reload", json={"model": "llm_from_scratch:none"}, timeout=60).json()["error"]
+    assert wrong["param"] == "model"
+    assert "python -m pipelines reload stores" in wrong["message"]
+
+
+@pytest.mark.slow
+def test_the_numbers_in_metrics_are_those_of_the_requests_that_were_made(server: str, engine: Engine) -> None:
+    client, before, begin = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0), metrics(server), time.monotonic()
+    said = [client.completions.create(model="tiny", prompt="The cat", max_tokens=tokens, n=2).usage for tokens in (4, 12, 32)]
+    said.append(client.chat.completions.create(model="tiny", messages=HELLO).usage)
+    *_, last = client.completions.create(model="tiny", prompt="The", max_tokens=32, stream=True, stream_options={"include_usage": True})
+    said.append(last.usage)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-5", prompt="The cat")
+    seconds = time.monotonic() - begin
+    while metrics(server)["llm_running"]:
+        assert time.monotonic() - begin < 60
+    new = metrics(server)
+    more = {name: value - before.get(name, 0) for name, value in new.items()}
+    read, written = (sum(getattr(used, f"{kind}_tokens") for used in said) for kind in ("prompt", "completion"))
+
+    native = "bentoml_service_request"
+    for route, status, wanted in (("completions", 200, 4), ("chat/completions", 200, 1), ("completions", 404, 1)):
+        labels = f"{{/v1/{route},{status}}}"
+        assert (more[f"{native}_total{labels}"], more[f"{native}_duration_seconds_count{labels}"]) == (wanted, wanted)
+        assert 0 < more[f"{native}_duration_seconds_sum{labels}"] < seconds
+    assert (more["llm_requests_total{ok}"], more["llm_requests_total{model_not_found}"]) == (5, 1)
+    assert (more["llm_tokens_total{prompt}"], more["llm_tokens_total{completion}"]) == (read, written)
+    first, between = "llm_time_to_first_token_seconds", "llm_inter_token_latency_seconds"
+    answers = 3 * 2 + 2
+    assert more[f"{first}_count"] == answers
+    assert 0 < more[f"{between}_count"] <= written - answers
+    assert 0 < more[f"{first}_sum"] + more[f"{between}_sum"] < 2 * seconds  # two answers to a request run side by side
+    for name in (first, between):
+        buckets = [value for key, value in new.items() if key.startswith(f"{name}_bucket")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == new[f"{name}_count"]
+    assert [new[name] for name in ("llm_queue_length", "llm_running", "llm_cache_tokens{used}")] == [0, 0, 0]
+    assert new["llm_cache_tokens{capacity}"] == LIMITS.slots * CONTEXT
+
+
+def metrics(server: str) -> dict[str, float]:
+    """What /metrics says now, by the name of each number and its labels but those of the service."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx2.get(f"{server}/metrics", timeout=30).text):
+        for sample in family.samples:
+            labels = [value for label, value in sample.labels.items() if not label.startswith("service_")]
+            found[f"{sample.name}{{{','.join(labels)}}}" if labels else sample.name] = sample.value
+    return found
+
+
+@pytest.mark.slow
 def test_where_the_bento_is_served_the_package_is_not_installed(built: Built) -> None:
     tried = subprocess.run(
         [sys.executable, "-c", "import llm_from_scratch"],
@@ -666,10 +731,10 @@ def test_where_the_bento_is_served_the_package_is_not_installed(built: Built) ->
 
 @pytest.mark.slow
 def test_a_stored_model_is_named_by_its_content_and_kept_once(built: Built) -> None:
+    stored = {path.name for path in (built.home / "models" / "llm_from_scratch").iterdir() if path.is_dir()}
+
     assert built.models[0] == built.models[1]
-    assert [path.name for path in (built.home / "models" / "llm_from_scratch").iterdir() if path.is_dir()] == [
-        built.models[0].split(":")[1]
-    ]
+    assert stored == {tag.split(":")[1] for tag in built.models}
 
 
 @pytest.mark.slow
