@@ -16,7 +16,6 @@ from typing import Any
 import httpx2
 import pytest
 import uvicorn
-from bentoml.exceptions import BentoMLException
 from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 
@@ -30,7 +29,6 @@ from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.metrics import PrometheusMeter
 from llm_from_scratch.serving.reloading import Served
 from llm_from_scratch.serving.responder import MODEL, Responder
-from llm_from_scratch.serving.untimed import HOME, turn_off_timer
 from tests.tiny import tiny_embedder, tiny_index, tiny_limits, tiny_model
 
 LONG = 3000  # tokens: seconds of work
@@ -204,27 +202,3 @@ def test_the_load_of_two_models_is_added_up_and_one_that_is_gone_counts_no_more(
     del old
     meter.load(new, 0, Stats(1, 0, 10, 100, 0))
     assert (told({"state": "used"}), told({"state": "capacity"})) == (10, 100)
-
-
-def test_bentomls_timer_leaves_nothing_behind_and_a_bentoml_without_it_is_one_line() -> None:
-    from bentoml._internal.server.http.traffic import TimeoutMiddleware
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start"})
-
-    async def asked() -> list[str]:
-        sent: list[str] = []
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message["type"])
-
-        await TimeoutMiddleware(app, timeout=600)({"type": "http"}, None, send)
-        assert asyncio.get_running_loop()._scheduled == []  # where it used to stand for 600 s
-        return sent
-
-    turn_off_timer()
-    assert asyncio.run(asked()) == ["http.response.start"]
-    for home, name in (("bentoml.moved", "TimeoutMiddleware"), (HOME, "Timer"), ("collections", "Counter")):
-        with pytest.raises(BentoMLException, match=r"^bentoml \S+ has no timer where 1\.4 has it .*requirements\.lock") as caught:
-            turn_off_timer(home, name)
-        assert "\n" not in str(caught.value)

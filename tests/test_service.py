@@ -670,6 +670,38 @@ def test_the_bento_takes_over_another_model_of_its_store_and_the_first_one_again
 
 
 @pytest.mark.slow
+def test_one_command_lets_a_running_server_take_over_the_model_that_is_chosen_now(
+    server: str, built: Built, parts: Parts, tmp_path: Path
+) -> None:
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    models, raw = tmp_path / "artifacts" / "models", tmp_path / "artifacts" / "raw"
+    models.mkdir(parents=True)
+    raw.mkdir()
+    (tmp_path / "params.yaml").symlink_to(ROOT / "params.yaml")
+    (tmp_path / "artifacts" / "index").symlink_to(parts.index)
+    (raw / params["index"]["embedder"]).symlink_to(parts.embedder)
+    for name in (*params["train"], "chosen"):
+        (models / name).symlink_to(parts.floats)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "verdict.json").write_text('{"served": "chosen"}', encoding="utf-8")
+    here = built.environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+
+    def command(*more: str) -> subprocess.CompletedProcess[str]:
+        told = [sys.executable, "-m", "pipelines", "reload", *more]
+        return subprocess.run(told, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120, check=False)
+
+    digests = [bundle.read_manifest(folder).digest[:12] for folder in (parts.floats, parts.model)]
+    said = command("--url", server)
+    assert said.stdout.startswith(f"{server} answers with {digests[0]}…"), said.stderr
+    assert said.stdout.endswith(f"before with {digests[1]}…\n")
+    assert httpx2.get(f"{server}/v1/models", timeout=30).json()["data"][0]["id"] == params["serve"]["model_name"]
+    nobody = command("--url", f"http://127.0.0.1:{_free_port()}")
+    assert nobody.stderr.startswith("pipelines reload: nobody answers at http://127.0.0.1:")
+    assert nobody.stderr.count("\n") == 1
+    assert httpx2.post(f"{server}/admin/reload", json={"model": built.models[0]}, timeout=120).status_code == 200
+
+
+@pytest.mark.slow
 def test_the_numbers_in_metrics_are_those_of_the_requests_that_were_made(server: str, engine: Engine) -> None:
     client, before, begin = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0), metrics(server), time.monotonic()
     said = [client.completions.create(model="tiny", prompt="The cat", max_tokens=tokens, n=2).usage for tokens in (4, 12, 32)]
@@ -678,6 +710,7 @@ def test_the_numbers_in_metrics_are_those_of_the_requests_that_were_made(server:
     said.append(last.usage)
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt-5", prompt="The cat")
+    assert httpx2.get(f"{server}/nowhere", timeout=30).status_code == 404  # each path used to have a histogram of its own, for good
     seconds = time.monotonic() - begin
     while metrics(server)["llm_running"]:
         assert time.monotonic() - begin < 60
@@ -690,6 +723,7 @@ def test_the_numbers_in_metrics_are_those_of_the_requests_that_were_made(server:
         labels = f"{{/v1/{route},{status}}}"
         assert (more[f"{native}_total{labels}"], more[f"{native}_duration_seconds_count{labels}"]) == (wanted, wanted)
         assert 0 < more[f"{native}_duration_seconds_sum{labels}"] < seconds
+    assert not [name for name in new if "/nowhere" in name]
     assert (more["llm_requests_total{ok}"], more["llm_requests_total{model_not_found}"]) == (5, 1)
     assert (more["llm_tokens_total{prompt}"], more["llm_tokens_total{completion}"]) == (read, written)
     first, between = "llm_time_to_first_token_seconds", "llm_inter_token_latency_seconds"
@@ -710,7 +744,7 @@ def metrics(server: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(httpx2.get(f"{server}/metrics", timeout=30).text):
         for sample in family.samples:
-            labels = [value for label, value in sample.labels.items() if not label.startswith("service_")]
+            labels = [value for label, value in sample.labels.items() if not label.endswith(("_name", "_version"))]
             found[f"{sample.name}{{{','.join(labels)}}}" if labels else sample.name] = sample.value
     return found
 

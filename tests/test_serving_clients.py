@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from asyncio import TimerHandle
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -362,13 +361,15 @@ def test_nothing_is_left_of_requests_that_were_answered_cut_off_or_refused(addre
 def _kept() -> Counter[str]:
     """What there is of one request each, of tasks that are not done, and of timers that are not off."""
     gc.collect()
-    kept = [thing for thing in gc.get_objects() if isinstance(thing, Job | Delta | Reply | batching.Request | asyncio.Task | TimerHandle)]
-    over = [
-        thing
-        for thing in kept
-        if (isinstance(thing, asyncio.Task) and thing.done()) or (isinstance(thing, TimerHandle) and thing.cancelled())
-    ]
-    return Counter(type(thing).__name__ for thing in kept) - Counter(type(thing).__name__ for thing in over)
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if _counts(thing))
+
+
+def _counts(thing: object) -> bool:
+    if isinstance(thing, asyncio.Task):
+        return not thing.done()
+    if isinstance(thing, asyncio.TimerHandle):
+        return not thing.cancelled()
+    return isinstance(thing, Job | Delta | Reply | batching.Request)
 
 
 def test_at_sigterm_what_runs_is_finished_and_what_comes_is_sent_away(folder: Path) -> None:

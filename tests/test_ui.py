@@ -28,7 +28,7 @@ from llm_from_scratch.inference.engine import Batching, Engine
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.rag import answer
-from llm_from_scratch.serving import reloading, ui, ui_work
+from llm_from_scratch.serving import reloading, ui, ui_html, ui_work
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.lane import Check
 from llm_from_scratch.serving.responder import Responder
@@ -406,6 +406,29 @@ def test_a_tab_is_hidden_where_there_is_nothing_to_show_in_it(responder: Respond
     assert tabs(responder) == ["Chat", "Completion", "Retrieval", "Attention", "Evolution"]
     assert tabs(bare) == ["Chat", "Completion", "Retrieval", "Attention"]
     bare.lane.close()
+
+
+def test_the_page_asks_the_model_that_answers_now(responder: Responder, tmp_path: Path) -> None:
+    """It is made for the first model, and another may have taken over since."""
+    import gradio
+
+    models, other = reloading.Served(responder), Responder(Engine.open(tiny_model(tmp_path, seed=5)), responder.index, LIMITS, "fp_other")
+    asked = ("The cat", 0.0, 8, 1)
+    complete = next(event.fn for event in ui.page(gradio, models).fns.values() if event.name == "complete")
+
+    async def drawn() -> str:
+        return [html async for html in complete(*asked)][-1]
+
+    async def wanted() -> str:
+        sampling = Sampling(temperature=0.0, max_tokens=8, seed=1, logprobs=ui_work.ALTERNATIVES)
+        return ui_html.tokens("The cat", [tokens async for tokens in ui_work.complete(other, "The cat", sampling)][-1])
+
+    first = run(drawn())
+    models.now = other
+    assert run(drawn()) == run(wanted()) != first
+    with pytest.raises(ValueError, match="no head 1 in layer 3: this model has 2 layers of 4"):
+        run(anext(ui_work.attend(other, "The cat", 3, 1)))
+    other.close()
 
 
 @pytest.mark.slow

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import bentoml
 from pydantic import BaseModel
+from starlette.routing import Route
 
 from llm_from_scratch.serving import ui
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.auth import Guard, read_key
+from llm_from_scratch.serving.bento_middleware import mend
 from llm_from_scratch.serving.draining import finish_first
 from llm_from_scratch.serving.limits import LONGEST_DEADLINE
 from llm_from_scratch.serving.metrics import PrometheusMeter
 from llm_from_scratch.serving.package import NAME
 from llm_from_scratch.serving.responder import Responder, check_package
-from llm_from_scratch.serving.untimed import turn_off_timer
 
 LATEST = f"{NAME}:latest"
 
@@ -45,9 +46,9 @@ def open_stored(tag: str | None) -> Responder:
     return Responder.open(folder)
 
 
-turn_off_timer()
 arguments = bentoml.use_arguments(Arguments)
 app = create_app(open_stored=open_stored)
+mend(frozenset(route.path for route in app.routes if isinstance(route, Route)).__contains__)
 
 
 def api_key() -> str:
