@@ -66,6 +66,7 @@ class Served:
             raise ApiError(503, "the server is going down and takes no other model", "shutting_down", retry_after=1)
         new.meter = old.meter
         self.now, self._leaving = new, old
+        new.report()
         self._parting = asyncio.create_task(self._part())
         return old, new
 
@@ -76,10 +77,10 @@ class Served:
                 responder.close()
 
     async def _part(self) -> None:
-        """Closes the one that leaves after its last answer; none takes longer than its deadline, however slowly its client reads."""
+        """Closes the one that leaves after its last answer. By twice its deadline all are made, and a client that does not read has to go."""
         assert self._leaving is not None
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._leaving.limits.deadline_seconds):
+            async with asyncio.timeout(2 * self._leaving.limits.deadline_seconds):
                 while self._leaving.users:
                     await asyncio.sleep(0.05)
                 for lane in (self._leaving.lane, self._leaving.search_lane):
