@@ -77,7 +77,7 @@ class Served:
                 responder.close()
 
     async def _part(self) -> None:
-        """Closes the one that leaves after its last answer. By twice its deadline all are made, and a client that does not read has to go."""
+        """Closes the one that leaves once its last answer is read, or was made long ago: by twice its deadline they all are."""
         assert self._leaving is not None
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * self._leaving.limits.deadline_seconds):
