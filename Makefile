@@ -19,7 +19,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long lint types smoke serve mlflow prefect flow package lock clean
+.PHONY: help setup repro test test-long lint types smoke serve reload mlflow prefect flow package lock clean
 .PHONY: notebooks audit packages workflows containers sbom
 
 help: ## this list
@@ -97,6 +97,9 @@ sbom: setup
 
 serve: setup ## package the chosen model and the retriever, and answer on 127.0.0.1:3000
 	python -m pipelines serve --host $(HOST) --port $(SERVE_PORT)
+
+reload: setup ## let the server of make serve take over the model that is chosen now, with nobody cut off
+	python -m pipelines reload --url http://$(HOST):$(SERVE_PORT)
 
 package: setup ## build the Bento
 	python -m pipelines package

@@ -1,22 +1,19 @@
 """Weeks 11 and 12: the service under load, on the machine that its clients run on too: tokens, waits, refusals, memory, and its end.
 
 It is served as `python -m pipelines serve` does, by BentoML from its own store, and asked over sockets by streaming clients in a process of
-their own. Everything is counted on their side.
+their own. Everything is counted on their side. Parts are measured one by one (`--part`), and the others' rows stay as they were.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,122 +21,63 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import numpy as np
-import psutil
 
-from benchmarks import table
+from benchmarks import serving_peer, table
 from benchmarks.serving_clients import Load, Told, told
-from llm_from_scratch import config
-from llm_from_scratch.serving.limits import ServeParams
-from stages.__main__ import read_yaml
+from benchmarks.serving_server import ROOT, Parts, Server, built, serving, toy
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = """
-import json, sys
-from pathlib import Path
-from llm_from_scratch.serving.limits import ServeParams
-from llm_from_scratch.serving.package import package
-print(package(*map(Path, sys.argv[1:4]), ServeParams.model_validate(json.loads(sys.argv[4]))))
-"""
-START_SECONDS = 180
 FIFTHS = 5
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of everything: answers of so many tokens, clients at once with so many requests each, and short requests for the memory."""
+    """How much of everything: answers of so many `tokens`; clients at once, with so many requests each, for the loads and for the peers.
+
+    `warm` and `short` are the requests before the memory is looked at and while it is.
+    """
 
     tokens: int
     loads: Sequence[tuple[int, int]]
+    warm: int
     short: int
     leaving: int
     ending: int
+    reloads: int
+    compared: Sequence[tuple[int, int]]
 
 
-FULL = Effort(tokens=48, loads=((1, 12), (16, 4), (200, 2), (400, 1)), short=5000, leaving=100, ending=64)
-QUICK = Effort(tokens=8, loads=((1, 2), (4, 2), (12, 1)), short=40, leaving=4, ending=6)
+FULL = Effort(
+    tokens=48,
+    loads=((1, 12), (16, 4), (200, 2), (400, 1)),
+    warm=1000,
+    short=5000,
+    leaving=100,
+    ending=64,
+    reloads=10,
+    compared=((1, 8), (16, 2), (64, 1)),
+)
+QUICK = Effort(
+    tokens=8, loads=((1, 2), (4, 2), (12, 1)), warm=16, short=40, leaving=4, ending=6, reloads=2, compared=((1, 1), (2, 1), (4, 1))
+)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The bundles that are served, and the limits."""
+class Bench:
+    """A server of `parts`, what is asked of it, and how much."""
 
-    model: Path
-    index: Path
-    embedder: Path
-    limits: ServeParams
+    server: Server
+    parts: Parts
+    effort: Effort
 
+    def load(self, clients: int, requests: int, tokens: int, leave_after: int = 0) -> Load:
+        return Load(self.server.address, self.parts.limits.model_name, clients, requests, tokens, leave_after)
 
-@dataclass(frozen=True)
-class Server:
-    """`bentoml serve` and the worker that it started."""
-
-    address: str
-    process: subprocess.Popen[bytes]
-    worker: psutil.Process
-
-    def resident_mb(self) -> float:
-        return float(self.worker.memory_info().rss) / 2**20
-
-    def metric(self, name: str) -> float:
-        """The sum of a metric's values, from /metrics."""
-        text = urlopen(f"{self.address}/metrics", timeout=30).read().decode()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name)
-
-
-def built(project: Path) -> Parts:
-    """The parts of a project after `make repro`. Raises ValueError where it has none."""
-    verdict = project / "reports" / "verdict.json"
-    if not verdict.exists():
-        raise ValueError(f"{verdict}, which names what to serve, is not there; run `make repro`, or name a built project with --project")
-    artifacts, params = project / "artifacts", config.parse(read_yaml(ROOT / "params.yaml"), "params.yaml")
-    served = json.loads(verdict.read_text(encoding="utf-8"))["served"]
-    return Parts(artifacts / "models" / served, artifacts / "index", artifacts / "raw" / params.index.embedder, params.serve)
-
-
-def toy(folder: Path) -> Parts:
-    """Parts as the tests have them, with few places."""
-    from llm_from_scratch.retrieval.embed import Embedder
-    from tests.tiny import tiny_embedder, tiny_index, tiny_model
-
-    limits = config.parse(read_yaml(ROOT / "params.yaml"), "params.yaml").serve
-    limits = limits.model_copy(update={"slots": 4, "maximum_waiting": 4, "maximum_choices": 4, "maximum_prompt_tokens": 64})
-    embedder = tiny_embedder(folder / "embedder")
-    tiny_index(folder / "index", Embedder.open(embedder))
-    return Parts(tiny_model(folder / "model"), folder / "index", embedder, limits)
-
-
-@contextmanager
-def serving(parts: Parts, home: Path) -> Iterator[Server]:
-    """A server of `parts`, ready."""
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT / "src")}
-    packed = [str(parts.model), str(parts.index), str(parts.embedder), parts.limits.model_dump_json()]
-    subprocess.run([sys.executable, "-c", PACKAGE, *packed], env=environment, check=True, stdout=subprocess.DEVNULL)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "bentoml", "serve", "llm_from_scratch.serving.service:LanguageModel", "--port", str(port)]
-    log = home.parent / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT / "src", env=environment, stdout=output, stderr=output, start_new_session=True)
-    try:
-        yield _ready(f"http://127.0.0.1:{port}", process, log)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _ready(address: str, process: subprocess.Popen[bytes], log: Path) -> Server:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urlopen(f"{address}/readyz", timeout=5).read()
-        except (URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-            continue
-        workers = [child for child in psutil.Process(process.pid).children() if "_bentoml_impl.worker.service" in " ".join(child.cmdline())]
-        return Server(address, process, workers[0])
-    raise ValueError(f"the server did not come up: {log.read_text(encoding='utf-8')[-2000:]}")
+    def until_free(self) -> float:
+        """Seconds until nobody is answered any more."""
+        begin = time.monotonic()
+        while self.server.busy() > 0 and time.monotonic() - begin < 60:
+            time.sleep(0.02)
+        return round(time.monotonic() - begin, 2)
 
 
 def start(load: Load) -> subprocess.Popen[str]:
@@ -152,6 +90,11 @@ def finish(clients: subprocess.Popen[str]) -> Told:
     """What they saw."""
     said, _ = clients.communicate()
     return told(said.splitlines())
+
+
+def ask(load: Load) -> Told:
+    """All of it, from the first request to the last end."""
+    return finish(start(load))
 
 
 def row(what: str, load: Load, saw: Told, **more: Any) -> dict[str, Any]:
@@ -169,7 +112,7 @@ def row(what: str, load: Load, saw: Told, **more: Any) -> dict[str, Any]:
         "tokens/s": round(sum(outcome.tokens for outcome in done) / saw.seconds, 1),
         **{f"first token ms, p{share}": _percentile(first, share) for share in (50, 95)},
         **{f"between tokens ms, p{share}": _percentile(between, share) for share in (50, 95)},
-        **more,
+        "also": more,
     }
 
 
@@ -177,49 +120,81 @@ def _percentile(values: Sequence[float], share: int) -> float | None:
     return round(float(np.percentile(values, share)), 1) if values else None
 
 
-def measure(server: Server, model: str, effort: Effort) -> list[dict[str, Any]]:
-    """All rows but the last, which ends the server."""
-    many = max(clients for clients, _ in effort.loads)
-
-    def load(clients: int, requests: int, tokens: int, leave_after: int = 0) -> Load:
-        return Load(server.address, model, clients, requests, tokens, leave_after)
-
-    finish(start(load(4, 4, effort.tokens)))  # the first answers find cold caches
+def loads(bench: Bench) -> list[dict[str, Any]]:
+    """More and more clients, past the places that there are; and clients that leave."""
+    ask(bench.load(4, 4, bench.effort.tokens))  # the first answers find cold caches
+    many = max(clients for clients, _ in bench.effort.loads)
     rows = []
-    for clients, requests in effort.loads:
-        now = load(clients, requests, effort.tokens)
-        rows.append(row("streams" if clients < many else "streams, more than there are places", now, finish(start(now))))
-    short, saw, resident = load(8, effort.short // (8 * FIFTHS), 2), Told(), [server.resident_mb()]
+    for clients, requests in bench.effort.loads:
+        now = bench.load(clients, requests, bench.effort.tokens)
+        rows.append(row("streams" if clients < many else "streams, more than there are places", now, ask(now)))
+    leaving = bench.load(bench.effort.leaving, 1, bench.effort.tokens, leave_after=1)
+    saw = ask(leaving)
+    free = bench.until_free()
+    return [*rows, row("clients that leave at their first token", leaving, saw, left=saw.count("left"), **{"s until free": free})]
+
+
+def memory(bench: Bench) -> list[dict[str, Any]]:
+    """What the worker's process holds after a warm-up, and after each fifth of the requests that follow."""
+    ask(bench.load(8, bench.effort.warm // 8, 2))
+    short, saw, resident = bench.load(8, bench.effort.short // (8 * FIFTHS), 2), Told(), [bench.server.resident_mb()]
     for _ in range(FIFTHS):
-        part = finish(start(short))
+        part = ask(short)
         saw.outcomes += part.outcomes
         saw.seconds += part.seconds
-        resident.append(server.resident_mb())
-    rows.append(row("short requests", short, saw, **{"MB before and after each fifth": " ".join(f"{mb:.0f}" for mb in resident)}))
-    leaving = load(effort.leaving, 1, effort.tokens, leave_after=1)
-    saw = finish(start(leaving))
-    begin = time.monotonic()
-    while server.metric("llm_running") + server.metric("llm_queue_length") > 0 and time.monotonic() - begin < 60:
-        time.sleep(0.02)
-    more = {"left": saw.count("left"), "s until free": round(time.monotonic() - begin, 2)}
-    return [*rows, row("clients that leave at their first token", leaving, saw, **more)]
+        resident.append(bench.server.resident_mb())
+    held = {"MB warm, and after each fifth": " ".join(f"{mb:.1f}" for mb in resident), "MB more": round(resident[-1] - resident[0], 1)}
+    return [row("short requests", short, saw, **held)]
 
 
-def ending(server: Server, model: str, effort: Effort) -> dict[str, Any]:
+def reloads(bench: Bench) -> list[dict[str, Any]]:
+    """Clients that stream on while the server takes one model after another."""
+    load = bench.load(16, 4 * bench.effort.reloads, bench.effort.tokens)
+    clients, before, seconds = start(load), bench.server.resident_mb(), []
+    digests = []
+    for number in range(bench.effort.reloads):
+        begin = time.monotonic()
+        digests.append(_reloaded(bench.server, bench.server.tags[1 - number % 2]))
+        seconds.append(time.monotonic() - begin)
+    saw = finish(clients)
+    bench.until_free()
+    seen = {outcome.digest for outcome in saw.outcomes}
+    more = {
+        "reloads": len(digests),
+        "s a reload, median": round(float(np.median(seconds)), 2),
+        "models seen": len(seen & set(digests)),
+        "longest wait ms": round(1000 * max(outcome.longest_wait for outcome in saw.finished())),
+        "MB before and after": f"{before:.1f} {bench.server.resident_mb():.1f}",
+    }
+    return [row("streams across reloads", load, saw, **more)]
+
+
+def _reloaded(server: Server, tag: str) -> str:
+    """Asked again while the answers of the model before the last go on."""
+    while True:
+        try:
+            return server.reload(tag)
+        except HTTPError as error:
+            if error.code != 409:
+                raise
+            time.sleep(0.1)
+
+
+def ending(bench: Bench) -> list[dict[str, Any]]:
     """SIGTERM while half of the clients or more are being answered or wait; who comes later is refused until the server is gone."""
-    early = Load(server.address, model, effort.ending, 1, effort.tokens)
+    server, early = bench.server, bench.load(bench.effort.ending, 1, bench.effort.tokens)
     clients = start(early)
     begin = time.monotonic()
-    while server.metric("llm_running") + server.metric("llm_queue_length") < effort.ending / 2 and time.monotonic() - begin < 30:
+    while server.busy() < bench.effort.ending / 2 and time.monotonic() - begin < 30:
         time.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)
     begin, later = time.monotonic(), Counter[str]()
     while clients.poll() is None or server.process.poll() is None:
-        later[_knock(server.address, model)] += 1
+        later[_knock(server.address, bench.parts.limits.model_name)] += 1
         time.sleep(0.02)
     more: dict[str, Any] = {"s until gone": round(time.monotonic() - begin, 2), "exit": server.process.returncode}
     more |= {f"later: {how}": count for how, count in sorted(later.items())}
-    return row("SIGTERM while they wait", early, finish(clients), **more)
+    return [row("SIGTERM while they wait", early, finish(clients), **more)]
 
 
 def _knock(address: str, model: str) -> str:
@@ -234,29 +209,59 @@ def _knock(address: str, model: str) -> str:
         return "no server"
 
 
+PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {"loads": loads, "memory": memory, "reloads": reloads, "ending": ending}
+"""Each with a server of its own, so that what one leaves behind is not the next one's."""
+
+PEER = "peer"
+
+
+def measured(part: str, parts: Parts, effort: Effort, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a part."""
+    if part == PEER:
+        return serving_peer.compare(parts, folder, effort.compared, effort.tokens, ask, row)
+    home = folder / part
+    home.mkdir()
+    with serving(parts, home / "bentoml") as server:
+        return PARTS[part](Bench(server, parts, effort))
+
+
+def kept(out: Path, new: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The `new` rows by part, with those of the parts that were measured before and not now, in the order of the parts."""
+    file = out / "serving.json"
+    old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = []
+    for part in (*PARTS, PEER):
+        rows += [{"part": part, **line} for line in new[part]] if part in new else [line for line in old if line["part"] == part]
+    return rows
+
+
 def main() -> None:
     parser = table.parser(__doc__ or "")
     parser.add_argument("--project", type=Path, default=ROOT, help="the folder of a project that was built")
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, PEER], default=[*PARTS, PEER], help="what to measure now")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         parts = toy(Path(folder)) if arguments.quick else built(arguments.project)
-        with serving(parts, Path(folder) / "bentoml") as server:
-            rows = measure(server, parts.limits.model_name, effort)
-            rows.append(ending(server, parts.limits.model_name, effort))
+        new = {part: measured(part, parts, effort, Path(folder)) for part in arguments.part}
     settings = {
         "model": parts.model.name,
+        "peers' model": parts.floats.name,
         "slots": parts.limits.slots,
         "waiting": parts.limits.maximum_waiting,
         "answers": f"{effort.tokens} tokens",
-        **table.packages("bentoml", "uvicorn", "aiohttp"),
+        **table.packages("bentoml", "uvicorn", "aiohttp", "transformers"),
     }
-    notes = [
-        "The clients run on the same cores as the server: what they take, it does not have.",
-        "lost: neither complete nor refused with 429 or 503 and a Retry-After. Accepted requests are all others than the refused.",
-        "No peer serves this model: the rows compare with the first, one client at a time.",
-    ]
-    table.write(arguments.out, "serving", "The service under load", rows, settings, notes)
+    table.write(arguments.out, "serving", "The service under load", kept(arguments.out, new), settings, NOTES)
+
+
+NOTES = [
+    "The clients run on the same cores as the server: what they take, it does not have.",
+    "lost: neither complete nor refused with 429 or 503 and a Retry-After. Accepted requests are all others than the refused.",
+    "MB are what the worker's process holds (RSS), with the index and the embedder in it.",
+    "peer: the same folder of floats, greedy, at one server after the other; `same texts` says how many of the prompts got the same answer "
+    "as from this service, and `times the best peer` is of tokens/s.",
+]
 
 
 if __name__ == "__main__":

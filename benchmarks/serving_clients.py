@@ -1,7 +1,7 @@
 """Streaming clients of an OpenAI API, many in one event loop, in a process of their own: `python -m benchmarks.serving_clients` JSON.
 
 One line of JSON comes out: how each request ended, and when its frames came. A request is `finished` with a finish_reason and [DONE],
-`refused` with 429 or 503 and a Retry-After before any text, and `lost` in every other case.
+`refused` with 429 or 503 and a Retry-After before any text, and `lost` in every other case. (Peers that say no [DONE] end with the stream.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ PROMPTS = (
 
 @dataclass
 class Load:
-    """`clients` at once send `requests` each, one after another, for `max_tokens`; each leaves after `leave_after` frames (0: never)."""
+    """`clients` at once send `requests` each, one after another, for `max_tokens`; each leaves after `leave_after` frames (0: never).
+
+    A stream ends in [DONE], or with itself where the server `says_done` nothing.
+    """
 
     address: str
     model: str
@@ -39,17 +42,24 @@ class Load:
     max_tokens: int
     leave_after: int = 0
     key: str = ""
+    temperature: float = 1.0
+    says_done: bool = True
 
 
 @dataclass
 class Outcome:
-    """How a request ended; seconds from sending it to its first text and to its end; and the tokens it got."""
+    """How a request ended; seconds from sending it to its first text, to its last, and the longest wait in between; the tokens it got.
+
+    `digest` names the model that answered, where the server says it.
+    """
 
     how: Literal["finished", "refused", "lost", "left"]
     first: float | None = None
     last: float | None = None
     tokens: int = 0
     said: str = ""
+    longest_wait: float = 0.0
+    digest: str = ""
 
 
 @dataclass
@@ -91,7 +101,7 @@ async def run(load: Load) -> Told:
 
 async def _ask(session: aiohttp.ClientSession, load: Load, number: int) -> Outcome:
     asked = {"model": load.model, "prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": load.max_tokens, "seed": number}
-    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    asked |= {"temperature": load.temperature, "stream": True, "stream_options": {"include_usage": True}}
     begin = time.perf_counter()
     try:
         async with session.post("/v1/completions", json=asked) as reply:
@@ -104,7 +114,7 @@ async def _ask(session: aiohttp.ClientSession, load: Load, number: int) -> Outco
 
 
 async def _read(reply: aiohttp.ClientResponse, load: Load, begin: float) -> Outcome:
-    outcome = Outcome("lost")
+    outcome = Outcome("lost", digest=reply.headers.get("X-Bundle-Digest", ""))
     frames, ended = 0, False
     async for line in reply.content:
         if not line.startswith(b"data: "):
@@ -119,12 +129,15 @@ async def _read(reply: aiohttp.ClientResponse, load: Load, begin: float) -> Outc
         ended |= any(choice["finish_reason"] for choice in fields["choices"])
         if fields["choices"]:
             frames += 1
-            outcome.last = time.perf_counter() - begin
-            outcome.first = outcome.first or outcome.last
+            now = time.perf_counter() - begin
+            outcome.longest_wait = max(outcome.longest_wait, now - (outcome.last or now))
+            outcome.first, outcome.last = outcome.first or now, now
         if fields.get("usage"):
             outcome.tokens = fields["usage"]["completion_tokens"]
         if load.leave_after and frames == load.leave_after:
             return Outcome("left", outcome.first, outcome.last)
+    if ended and not load.says_done:
+        outcome.how = "finished"
     return outcome
 
 

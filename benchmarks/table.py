@@ -54,7 +54,10 @@ def middle(values: Sequence[float]) -> dict[str, float]:
 
 
 def write(out: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], notes: Sequence[str]) -> None:
-    """NAME.json and NAME.md in `out`: `rows` as the table, `settings` (seeds, sizes, peers' versions), and `notes` on how to read it."""
+    """NAME.json and NAME.md in `out`: `rows` as the table, `settings` (seeds, sizes, peers' versions), and `notes` on how to read it.
+
+    A cell that is a mapping holds what only its row has to say: "name value, name value" on the page.
+    """
     out.mkdir(parents=True, exist_ok=True)
     facts = {"title": title, "machine": machine(), "settings": dict(settings), "rows": [dict(row) for row in rows], "notes": list(notes)}
     (out / f"{name}.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -62,7 +65,7 @@ def write(out: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], s
     lines = [
         f"# {title}",
         "",
-        tabulate(rows, headers="keys", tablefmt="github", floatfmt=".4g"),
+        tabulate([{name: _cell(value) for name, value in row.items()} for row in rows], headers="keys", tablefmt="github", floatfmt=".4g"),
         "",
         *(f"* {note}" for note in notes),
         "",
@@ -72,3 +75,7 @@ def write(out: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], s
     text = "\n".join(lines)
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def _cell(value: Any) -> Any:
+    return ", ".join(f"{name} {inside}" for name, inside in value.items()) if isinstance(value, Mapping) else value

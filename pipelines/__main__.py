@@ -1,5 +1,5 @@
 """What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`,
-`… screenshots`."""
+`… reload`, `… screenshots`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     serve.set_defaults(do=_serve)
 
+    reload = commands.add_parser("reload", help="store the chosen model and let a running server take it over, with nobody cut off")
+    reload.add_argument("--url", default="http://127.0.0.1:3000", help="the server (default: http://127.0.0.1:3000)")
+    reload.add_argument("--api-key-file", default="", help="the file with the server's key, if it has one (default: none)")
+    reload.set_defaults(do=_reload)
+
     screenshots = commands.add_parser("screenshots", help="pictures of the page's tabs, from a Bento packaged and served for it")
     screenshots.add_argument("--out", type=Path, default=Path("docs/screenshots"), help="their folder (default: docs/screenshots)")
     screenshots.add_argument("--url", default="", help="a server that runs already, such as http://127.0.0.1:3000 (default: serve one)")
@@ -87,6 +92,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     from pipelines.bento import serve
 
     return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file)
+
+
+def _reload(arguments: argparse.Namespace) -> None:
+    from pipelines.bento import reload
+
+    print(reload(Path.cwd(), arguments.url, arguments.api_key_file))
 
 
 def _screenshots(arguments: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import NoReturn
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from llm_from_scratch import config
 from llm_from_scratch.serving import package as bento
@@ -15,8 +17,17 @@ SHOWN_BYTES = 64 * 2**20
 """Of a rung that the page shows beside the served model: every Bento carries and opens them all, so the large ones stay at home."""
 
 
+RELOAD_SECONDS = 600
+"""The new model is read, checked and opened before the server answers."""
+
+
 def package(root: Path, api_key_file: str) -> str:
-    """The tag of a Bento of the model that `evaluate` chose to serve, with index, embedder and the ladder's smaller models.
+    """The tag of a Bento of what `store` put into BentoML's store. Raises as that does."""
+    return bento.build(root, store(root), api_key_file)
+
+
+def store(root: Path) -> str:
+    """The tag, in BentoML's store, of the model that `evaluate` chose to serve, with index, embedder and the ladder's smaller models.
 
     Raises BundleError where one is missing or damaged, and ParamsError and ValueError before any work.
     """
@@ -25,8 +36,7 @@ def package(root: Path, api_key_file: str) -> str:
     model, embedder = artifacts / "models" / served(root), artifacts / "raw" / params.index.embedder
     ladder = {name: artifacts / "models" / name for name in params.train}
     shown = {name: folder for name, folder in ladder.items() if _bytes(folder) <= SHOWN_BYTES}
-    stored = bento.package(model, artifacts / "index", embedder, params.serve, shown)
-    return bento.build(root, stored, api_key_file)
+    return bento.package(model, artifacts / "index", embedder, params.serve, shown)
 
 
 def served(root: Path) -> str:
@@ -45,6 +55,26 @@ def serve(root: Path, host: str, port: int, api_key_file: str) -> NoReturn:
         read_key(Path(api_key_file))
         api_key_file = str(Path(api_key_file).resolve())
     bento.serve(package(root, api_key_file), host, port)
+
+
+def reload(root: Path, url: str, api_key_file: str) -> str:
+    """Store the chosen model and let the server at `url`, which has the same store, take it over; what came of it, in a line.
+
+    Nobody who is being answered is cut off. Raises ValueError where the server refuses or is not there.
+    """
+    tag = store(root)
+    headers = {"Content-Type": "application/json"}
+    if api_key_file:
+        headers["Authorization"] = f"Bearer {read_key(Path(api_key_file))}"
+    asked = Request(f"{url.rstrip('/')}/admin/reload", json.dumps({"model": tag}).encode(), headers)
+    try:
+        with urlopen(asked, timeout=RELOAD_SECONDS) as reply:
+            said = json.load(reply)
+    except HTTPError as error:
+        raise ValueError(f"{url} keeps its model ({error.code}): {error.read().decode(errors='replace')[:300]}") from None
+    except URLError as error:
+        raise ValueError(f"nobody answers at {url} ({error.reason}); make serve starts a server") from None
+    return f"{url} answers with {said['digest'][:12]}… ({tag}), before with {said['previous'][:12]}…"
 
 
 def _bytes(folder: Path) -> int:

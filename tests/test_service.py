@@ -24,6 +24,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from ruamel.yaml import YAML
 
 from llm_from_scratch import bundle
@@ -37,37 +38,21 @@ from llm_from_scratch.serving.auth import read_key
 from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Check, Lane
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import package, require_free
 from llm_from_scratch.serving.responder import Responder
-from tests.tiny import CONTEXT, SENTENCES, tiny_embedder, tiny_index, tiny_model, tiny_quantized
+from tests.tiny import CONTEXT, SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model, tiny_quantized
 
 ROOT = Path(__file__).parent.parent
-LIMITS = ServeParams(
-    model="chat_int8",
-    model_name="tiny",
-    embedding_name="tiny-embedder",
-    slots=2,
-    prefill_chunk=16,
-    maximum_prompt_tokens=64,
-    maximum_new_tokens=32,
-    default_new_tokens=8,
-    maximum_choices=3,
-    maximum_inputs=4,
-    maximum_body_bytes=4096,
-    maximum_waiting=1,
-    deadline_seconds=60,
-    passages=2,
-    maximum_passages=3,
-)
+LIMITS = tiny_limits()
 HELLO = [{"role": "user", "content": "What is a cat?"}]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The three bundles that are served."""
+    """The three bundles that are served, and another model, the one that was quantized."""
 
     model: Path
+    floats: Path
     index: Path
     embedder: Path
 
@@ -75,8 +60,8 @@ class Parts:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     folder = tmp_path_factory.mktemp("bundles")
-    made = Parts(folder / "model_int8", folder / "index", folder / "embedder")
-    tiny_quantized(made.model, tiny_model(folder / "model"))
+    made = Parts(folder / "model_int8", folder / "model", folder / "index", folder / "embedder")
+    tiny_quantized(made.model, tiny_model(made.floats))
     tiny_embedder(made.embedder)
     tiny_index(made.index, Embedder.open(made.embedder))
     return made
@@ -90,10 +75,6 @@ def engine(parts: Parts) -> Engine:
 @pytest.fixture(scope="module")
 def index(parts: Parts) -> Index:
     return Index.open(parts.index, SharedEmbedder.open(parts.embedder))
-
-
-def limits(**changes: Any) -> ServeParams:
-    return LIMITS.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +293,7 @@ def test_a_failure_of_ours_tells_the_client_nothing_of_our_insides(engine: Engin
 
 def test_a_default_length_that_leaves_no_room_for_a_question_is_refused(engine: Engine, index: Index) -> None:
     with pytest.raises(ValueError, match=f"serve.default_new_tokens is {CONTEXT}, which leaves no room"):
-        Responder(engine, index, limits(default_new_tokens=CONTEXT), "fp_test")
+        Responder(engine, index, tiny_limits(default_new_tokens=CONTEXT, maximum_new_tokens=CONTEXT), "fp_test")
 
 
 # The line before the model.
@@ -495,7 +476,7 @@ LONG = 100_000  # tokens: minutes of work
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_stops_its_answer(stream: bool, engine: Engine, index: Index) -> None:
     async def scenario() -> None:
-        responder = Responder(engine, index, limits(maximum_new_tokens=LONG, slots=1), "fp_test")
+        responder = Responder(engine, index, tiny_limits(maximum_new_tokens=LONG, slots=1, maximum_choices=2), "fp_test")
         asked = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": LONG, "stream": stream}
         leave = (lambda sent: len(sent) > 5) if stream else (lambda sent: not sent)
         sent = await hang_up_on(create_app(responder), "/v1/completions", asked, leave)
@@ -525,7 +506,7 @@ def test_a_question_breaks_off_in_the_middle_of_its_answer_too(parts: Parts, ind
     long_reader = Engine.open(tiny_model(tmp_path / "model", context=4096))
 
     async def scenario() -> None:
-        wide = limits(maximum_new_tokens=4000, default_new_tokens=4000)
+        wide = tiny_limits(maximum_new_tokens=4000, default_new_tokens=4000)
         responder = Responder(long_reader, index, wide, "fp_test")
         sent = await hang_up_on(create_app(responder), "/ask", {"question": "What is a cat?"}, lambda sent: not sent)
         assert sent[0]["status"] == 499
@@ -536,7 +517,7 @@ def test_a_question_breaks_off_in_the_middle_of_its_answer_too(parts: Parts, ind
 
 def test_a_fourth_client_is_turned_away_with_429_and_when_to_come_back(engine: Engine, index: Index) -> None:
     async def scenario() -> None:
-        responder = Responder(engine, index, limits(maximum_new_tokens=LONG), "fp_test")
+        responder = Responder(engine, index, tiny_limits(maximum_new_tokens=LONG), "fp_test")
         app = create_app(responder)
         first_three = [responder.lane.submit(counting) for _ in range(3)]
         sent = await hang_up_on(app, "/v1/completions", {"model": "tiny", "prompt": "a"}, lambda sent: bool(sent))
@@ -551,7 +532,7 @@ def test_a_fourth_client_is_turned_away_with_429_and_when_to_come_back(engine: E
 
 
 def test_an_error_in_the_middle_of_a_stream_is_a_frame_and_no_done_follows(engine: Engine, index: Index) -> None:
-    responder = Responder(engine, index, limits(maximum_new_tokens=LONG, deadline_seconds=0.5), "fp_test")
+    responder = Responder(engine, index, tiny_limits(maximum_new_tokens=LONG, deadline_seconds=0.5), "fp_test")
     with TestClient(create_app(responder)) as browser:
         asked = {"model": "tiny", "prompt": "The cat", "temperature": 0, "max_tokens": LONG, "stream": True}
         text = browser.post("/v1/completions", json=asked).text
@@ -569,18 +550,21 @@ BLOCK = f"import sys\nsys.path[:] = [folder for folder in sys.path if folder != 
 PACKAGE_AND_BUILD = """
 import json, sys
 from pathlib import Path
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import build, package
 
-model, index, embedder, root = map(Path, sys.argv[1:5])
-tags = [package(model, index, embedder, ServeParams.model_validate(json.loads(sys.argv[5]))) for _ in range(2)]
+model, floats, index, embedder, root = map(Path, sys.argv[1:6])
+limits = ServeParams.model_validate(json.loads(sys.argv[6]))
+tags = [package(packed, index, embedder, limits) for packed in (model, model, floats)]
 print(json.dumps({"models": tags, "bento": build(root, tags[0])}))
 """
 
 
 @dataclass(frozen=True)
 class Built:
-    """A store with one model and one Bento in it, and the environment of a machine that has neither this project nor its package."""
+    """A store with a model that was put there twice, another one, and a Bento of the first.
+
+    And the environment of a machine that has neither this project nor its package.
+    """
 
     models: list[str]
     bento: str
@@ -597,7 +581,7 @@ def built(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Built:
     (folder / "elsewhere").mkdir()
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("BENTOML", "PYTHON"))}
     ours |= {"BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True", "OMP_NUM_THREADS": "1"}
-    arguments = [str(parts.model), str(parts.index), str(parts.embedder), str(ROOT), LIMITS.model_dump_json()]
+    arguments = [str(parts.model), str(parts.floats), str(parts.index), str(parts.embedder), str(ROOT), LIMITS.model_dump_json()]
     here = ours | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
         [sys.executable, "-c", PACKAGE_AND_BUILD, *arguments], env=here, capture_output=True, text=True, timeout=500, check=False
@@ -673,6 +657,99 @@ def test_the_bento_brings_its_page(server: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_bento_takes_over_another_model_of_its_store_and_the_first_one_again(server: str, built: Built, parts: Parts) -> None:
+    for tag, folder in ((built.models[2], parts.floats), (built.models[0], parts.model)):
+        digest = bundle.read_manifest(folder).digest
+        taken = httpx2.post(f"{server}/admin/reload", json={"model": tag}, timeout=120)
+        asked = httpx2.post(f"{server}/v1/completions", json={"model": "tiny", "prompt": "The cat"}, timeout=60)
+        assert (taken.status_code, taken.json()["digest"], asked.headers["x-bundle-digest"]) == (200, digest, digest)
+
+    wrong = httpx2.post(f"{server}/admin/reload", json={"model": "llm_from_scratch:none"}, timeout=60).json()["error"]
+    assert wrong["param"] == "model"
+    assert "python -m pipelines reload stores" in wrong["message"]
+
+
+@pytest.mark.slow
+def test_one_command_lets_a_running_server_take_over_the_model_that_is_chosen_now(
+    server: str, built: Built, parts: Parts, tmp_path: Path
+) -> None:
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    models, raw = tmp_path / "artifacts" / "models", tmp_path / "artifacts" / "raw"
+    models.mkdir(parents=True)
+    raw.mkdir()
+    (tmp_path / "params.yaml").symlink_to(ROOT / "params.yaml")
+    (tmp_path / "artifacts" / "index").symlink_to(parts.index)
+    (raw / params["index"]["embedder"]).symlink_to(parts.embedder)
+    for name in (*params["train"], "chosen"):
+        (models / name).symlink_to(parts.floats)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "verdict.json").write_text('{"served": "chosen"}', encoding="utf-8")
+    here = built.environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+
+    def command(*more: str) -> subprocess.CompletedProcess[str]:
+        told = [sys.executable, "-m", "pipelines", "reload", *more]
+        return subprocess.run(told, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120, check=False)
+
+    digests = [bundle.read_manifest(folder).digest[:12] for folder in (parts.floats, parts.model)]
+    said = command("--url", server)
+    assert said.stdout.startswith(f"{server} answers with {digests[0]}…"), said.stderr
+    assert said.stdout.endswith(f"before with {digests[1]}…\n")
+    assert httpx2.get(f"{server}/v1/models", timeout=30).json()["data"][0]["id"] == params["serve"]["model_name"]
+    nobody = command("--url", f"http://127.0.0.1:{_free_port()}")
+    assert nobody.stderr.startswith("pipelines reload: nobody answers at http://127.0.0.1:")
+    assert nobody.stderr.count("\n") == 1
+    assert httpx2.post(f"{server}/admin/reload", json={"model": built.models[0]}, timeout=120).status_code == 200
+
+
+@pytest.mark.slow
+def test_the_numbers_in_metrics_are_those_of_the_requests_that_were_made(server: str, engine: Engine) -> None:
+    client, before, begin = OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0), metrics(server), time.monotonic()
+    said = [client.completions.create(model="tiny", prompt="The cat", max_tokens=tokens, n=2).usage for tokens in (4, 12, 32)]
+    said.append(client.chat.completions.create(model="tiny", messages=HELLO).usage)
+    *_, last = client.completions.create(model="tiny", prompt="The", max_tokens=32, stream=True, stream_options={"include_usage": True})
+    said.append(last.usage)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-5", prompt="The cat")
+    assert httpx2.get(f"{server}/nowhere", timeout=30).status_code == 404  # each path used to have a histogram of its own, for good
+    seconds = time.monotonic() - begin
+    while metrics(server)["llm_running"]:
+        assert time.monotonic() - begin < 60
+    new = metrics(server)
+    more = {name: value - before.get(name, 0) for name, value in new.items()}
+    read, written = (sum(getattr(used, f"{kind}_tokens") for used in said) for kind in ("prompt", "completion"))
+
+    native = "bentoml_service_request"
+    for route, status, wanted in (("completions", 200, 4), ("chat/completions", 200, 1), ("completions", 404, 1)):
+        labels = f"{{/v1/{route},{status}}}"
+        assert (more[f"{native}_total{labels}"], more[f"{native}_duration_seconds_count{labels}"]) == (wanted, wanted)
+        assert 0 < more[f"{native}_duration_seconds_sum{labels}"] < seconds
+    assert not [name for name in new if "/nowhere" in name]
+    assert (more["llm_requests_total{ok}"], more["llm_requests_total{model_not_found}"]) == (5, 1)
+    assert (more["llm_tokens_total{prompt}"], more["llm_tokens_total{completion}"]) == (read, written)
+    first, between = "llm_time_to_first_token_seconds", "llm_inter_token_latency_seconds"
+    answers = 3 * 2 + 2
+    assert more[f"{first}_count"] == answers
+    assert 0 < more[f"{between}_count"] <= written - answers
+    assert 0 < more[f"{first}_sum"] + more[f"{between}_sum"] < 2 * seconds  # two answers to a request run side by side
+    for name in (first, between):
+        buckets = [value for key, value in new.items() if key.startswith(f"{name}_bucket")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == new[f"{name}_count"]
+    assert [new[name] for name in ("llm_queue_length", "llm_running", "llm_cache_tokens{used}")] == [0, 0, 0]
+    assert new["llm_cache_tokens{capacity}"] == LIMITS.slots * CONTEXT
+
+
+def metrics(server: str) -> dict[str, float]:
+    """What /metrics says now, by the name of each number and its labels but those of the service."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx2.get(f"{server}/metrics", timeout=30).text):
+        for sample in family.samples:
+            labels = [value for label, value in sample.labels.items() if not label.endswith(("_name", "_version"))]
+            found[f"{sample.name}{{{','.join(labels)}}}" if labels else sample.name] = sample.value
+    return found
+
+
+@pytest.mark.slow
 def test_where_the_bento_is_served_the_package_is_not_installed(built: Built) -> None:
     tried = subprocess.run(
         [sys.executable, "-c", "import llm_from_scratch"],
@@ -688,10 +765,10 @@ def test_where_the_bento_is_served_the_package_is_not_installed(built: Built) ->
 
 @pytest.mark.slow
 def test_a_stored_model_is_named_by_its_content_and_kept_once(built: Built) -> None:
+    stored = {path.name for path in (built.home / "models" / "llm_from_scratch").iterdir() if path.is_dir()}
+
     assert built.models[0] == built.models[1]
-    assert [path.name for path in (built.home / "models" / "llm_from_scratch").iterdir() if path.is_dir()] == [
-        built.models[0].split(":")[1]
-    ]
+    assert stored == {tag.split(":")[1] for tag in built.models}
 
 
 @pytest.mark.slow

@@ -17,24 +17,9 @@ from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest,
 from llm_from_scratch.serving.parsing import parse
 from llm_from_scratch.serving.replies import Delta, Reply, merged, usage
 from llm_from_scratch.tokenizer import BpeTokenizer
+from tests.tiny import tiny_limits
 
-LIMITS = ServeParams(
-    model="chat_int8",
-    model_name="tiny",
-    embedding_name="tiny-embedder",
-    slots=2,
-    prefill_chunk=16,
-    maximum_prompt_tokens=64,
-    maximum_new_tokens=32,
-    default_new_tokens=8,
-    maximum_choices=4,
-    maximum_inputs=4,
-    maximum_body_bytes=4096,
-    maximum_waiting=2,
-    deadline_seconds=30,
-    passages=1,
-    maximum_passages=4,
-)
+LIMITS = tiny_limits(maximum_choices=4, maximum_waiting=2)
 
 
 def drawn(request: CompletionRequest | ChatRequest) -> Sampling:

@@ -28,31 +28,14 @@ from llm_from_scratch.inference.engine import Batching, Engine
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.rag import answer
-from llm_from_scratch.serving import ui, ui_work
+from llm_from_scratch.serving import reloading, ui, ui_html, ui_work
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.lane import Check
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.responder import Responder
 from pipelines.screenshots import screenshots
-from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_model
+from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model
 
-LIMITS = ServeParams(
-    model="chat_int8",
-    model_name="tiny",
-    embedding_name="tiny-embedder",
-    slots=2,
-    prefill_chunk=32,
-    maximum_prompt_tokens=100,
-    maximum_new_tokens=32,
-    default_new_tokens=8,
-    maximum_choices=2,
-    maximum_inputs=4,
-    maximum_body_bytes=65536,
-    maximum_waiting=1,
-    deadline_seconds=60,
-    passages=2,
-    maximum_passages=4,
-)
+LIMITS = tiny_limits(prefill_chunk=32, maximum_prompt_tokens=100, maximum_choices=2, maximum_body_bytes=65536, maximum_passages=4)
 KEY = "sk-123"
 GREEDY = Sampling(temperature=0.0, max_tokens=8)
 HOSTILE = "<img src=x onerror='window.hacked = 1'> ${6 * 7} {{value}}"
@@ -83,7 +66,7 @@ def serving(responder: Responder, key: str = "") -> Iterator[Served]:
     """The app with its page on a free port, in a thread of its own."""
     app = create_app(responder, key)
     app.router.lifespan_context = type(app)().router.lifespan_context  # the fixture closes the responder, not the first app that ends
-    ui.mount(app, responder)
+    ui.mount(app, app.state.served)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, args=([listening],))
@@ -369,7 +352,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 def test_with_a_key_nothing_of_the_page_answers_without_it(responder: Responder) -> None:
     app = create_app(responder, KEY)
-    ui.mount(app, responder)
+    ui.mount(app, app.state.served)
     gradio = next(route.app for route in app.routes if getattr(route, "path", "") == ui.PATH and hasattr(route, "app"))
     paths = {re.sub(r"{[^}]*}", "x", path) for path in gradio.openapi()["paths"]}
     client = TestClient(app, follow_redirects=False)
@@ -413,7 +396,7 @@ def test_of_gradios_many_routes_only_the_pages_own_are_there(served: Served) -> 
 def create_mounted(responder: Responder) -> Any:
     app = create_app(responder)
     app.router.lifespan_context = type(app)().router.lifespan_context
-    ui.mount(app, responder)
+    ui.mount(app, app.state.served)
     return app
 
 
@@ -423,12 +406,35 @@ def test_a_tab_is_hidden_where_there_is_nothing_to_show_in_it(responder: Respond
     def tabs(one: Responder) -> list[str]:
         import gradio
 
-        components = ui.page(gradio, one).config["components"]
+        components = ui.page(gradio, reloading.Served(one)).config["components"]
         return [component["props"]["label"] for component in components if component["type"] == "tabitem"]
 
     assert tabs(responder) == ["Chat", "Completion", "Retrieval", "Attention", "Evolution"]
     assert tabs(bare) == ["Chat", "Completion", "Retrieval", "Attention"]
     bare.lane.close()
+
+
+def test_the_page_asks_the_model_that_answers_now(responder: Responder, tmp_path: Path) -> None:
+    """It is made for the first model, and another may have taken over since."""
+    import gradio
+
+    models, other = reloading.Served(responder), Responder(Engine.open(tiny_model(tmp_path, seed=5)), responder.index, LIMITS, "fp_other")
+    asked = ("The cat", 0.0, 8, 1)
+    complete = next(event.fn for event in ui.page(gradio, models).fns.values() if event.name == "complete")
+
+    async def drawn() -> str:
+        return [html async for html in complete(*asked)][-1]
+
+    async def wanted() -> str:
+        sampling = Sampling(temperature=0.0, max_tokens=8, seed=1, logprobs=ui_work.ALTERNATIVES)
+        return ui_html.tokens("The cat", [tokens async for tokens in ui_work.complete(other, "The cat", sampling)][-1])
+
+    first = run(drawn())
+    models.now = other
+    assert run(drawn()) == run(wanted()) != first
+    with pytest.raises(ValueError, match="no head 1 in layer 3: this model has 2 layers of 4"):
+        run(anext(ui_work.attend(other, "The cat", 3, 1)))
+    other.close()
 
 
 @pytest.mark.slow

@@ -16,10 +16,9 @@ from fastapi.testclient import TestClient
 from llm_from_scratch import bundle, tokenizer, tracking
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.embedding import SharedEmbedder
-from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, SERVING, Responder
 from stages import whence
-from tests.tiny import tiny_embedder, tiny_index, tiny_model, tiny_quantized, tiny_tokenizer
+from tests.tiny import tiny_embedder, tiny_index, tiny_limits, tiny_model, tiny_quantized, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SHA256 = "5e" * 32
@@ -52,23 +51,7 @@ METRICS = {
     "rag": {"none": {"accuracy": 0.25}},
     "served": {"model": "tiny_int8"},
 }
-LIMITS = ServeParams(
-    model="tiny_int8",
-    model_name="tiny",
-    embedding_name="tiny-embedder",
-    slots=2,
-    prefill_chunk=16,
-    maximum_prompt_tokens=64,
-    maximum_new_tokens=32,
-    default_new_tokens=4,
-    maximum_choices=3,
-    maximum_inputs=4,
-    maximum_body_bytes=4096,
-    maximum_waiting=8,
-    deadline_seconds=60,
-    passages=2,
-    maximum_passages=3,
-)
+LIMITS = tiny_limits(model="tiny_int8", maximum_waiting=8)
 
 
 def run(folder: Path, *command: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from llm_from_scratch.model.llama import LlamaParams
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
 from llm_from_scratch.retrieval.passages import Passage
+from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.tokenizer import BpeTokenizer
 from llm_from_scratch.tokenizer.bpe import train_bpe
 from tests import tiny_retrieval
@@ -26,6 +28,28 @@ SENTENCES = (
     "A star is a sphere of gas that shines.",
 )
 CONTEXT = 128
+
+
+def tiny_limits(**changes: Any) -> ServeParams:
+    """What a service of these parts takes and gives at most."""
+    limits = {
+        "model": "chat_int8",
+        "model_name": "tiny",
+        "embedding_name": "tiny-embedder",
+        "slots": 2,
+        "prefill_chunk": 16,
+        "maximum_prompt_tokens": 64,
+        "maximum_new_tokens": 32,
+        "default_new_tokens": 8,
+        "maximum_choices": 3,
+        "maximum_inputs": 4,
+        "maximum_body_bytes": 4096,
+        "maximum_waiting": 1,
+        "deadline_seconds": 60,
+        "passages": 2,
+        "maximum_passages": 3,
+    }
+    return ServeParams.model_validate(limits | changes)
 
 
 def tiny_tokenizer(folder: Path, vocab_size: int = 300) -> BpeTokenizer:

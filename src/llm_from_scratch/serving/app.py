@@ -1,7 +1,7 @@
 """The API on plain FastAPI: bytes in, bytes out, and every refusal in OpenAI's shape.
 
 Bodies are read by hand, with a limit, because a framework's own errors have another shape. BentoML wants the app before there is a
-model, so the responder may come later: `app.state.responder`. So may the API key that requests must bear: `app.state.key`, "" for none.
+model, so the responder may come later: `app.state.served`. So may the API key that requests must bear: `app.state.key`, "" for none.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from llm_from_scratch.serving import embedding
-from llm_from_scratch.serving.auth import Guard
+from llm_from_scratch.serving.auth import Guard, require_owner
 from llm_from_scratch.serving.draining import finish_first
 from llm_from_scratch.serving.errors import ApiError
+from llm_from_scratch.serving.incoming import body_of, responder_of, stopped_when_gone
 from llm_from_scratch.serving.lane import Job
 from llm_from_scratch.serving.logprobs import Names
-from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, EmbeddingRequest, Retrieve
+from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, EmbeddingRequest, Reload, Retrieve
 from llm_from_scratch.serving.openapi import document
 from llm_from_scratch.serving.parsing import parse
+from llm_from_scratch.serving.reloading import OneForAll, Open, Served
 from llm_from_scratch.serving.replies import Delta, Reply, frame, merged, model_card
 from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, Responder, unknown_model
 
@@ -42,11 +43,12 @@ log = logging.getLogger(__name__)
 INTERNAL = ApiError(500, "the server failed at this request; its log says why", "internal_error")
 
 
-def create_app(responder: Responder | None = None, key: str = "") -> FastAPI:
-    """The API. Without a responder it answers 503 until `app.state.responder` is set."""
+def create_app(responder: Responder | None = None, key: str = "", open_stored: Open | None = None) -> FastAPI:
+    """The API. Without a responder it answers 503 until `app.state.served` has one; `open_stored` is what a reload takes it from."""
     app = FastAPI(title="llm-from-scratch", lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.responder = responder
+    app.state.served = Served(responder, open_stored)
     app.state.key = key
+    app.add_middleware(OneForAll, served=app.state.served)
     app.add_middleware(Guard, key=lambda: app.state.key)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -55,6 +57,7 @@ def create_app(responder: Responder | None = None, key: str = "") -> FastAPI:
     app.add_api_route("/openapi.json", openapi, methods=["GET"])
     app.add_api_route("/ask", ask, methods=["POST"])
     app.add_api_route("/retrieve", retrieve, methods=["POST"])
+    app.add_api_route("/admin/reload", reload, methods=["POST"])
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
@@ -73,49 +76,61 @@ async def openapi(request: Request) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": list(_models(_responder(request)).values())})
+    return JSONResponse({"object": "list", "data": list(_models(responder_of(request)).values())})
 
 
 async def get_model(request: Request, name: str) -> Response:
-    responder = _responder(request)
+    responder = responder_of(request)
     if (card := _models(responder).get(name)) is None:
         raise unknown_model(name, responder.limits.model_name)
     return JSONResponse(card)
 
 
 async def completions(request: Request) -> Response:
-    asked = parse(await _body(request), CompletionRequest)
-    responder = _responder(request)
+    asked = parse(await body_of(request), CompletionRequest)
+    responder = responder_of(request)
     return await _generate(request, asked, responder, await responder.complete(asked), MODEL)
 
 
 async def chat_completions(request: Request) -> Response:
-    asked = parse(await _body(request), ChatRequest)
-    responder = _responder(request)
+    asked = parse(await body_of(request), ChatRequest)
+    responder = responder_of(request)
     read = (MODEL, INDEX) if asked.documents else (MODEL,)
     return await _generate(request, asked, responder, await responder.chat(asked), *read)
 
 
 async def ask(request: Request) -> Response:
-    question = parse(await _body(request), Ask).question
-    responder = _responder(request)
+    question = parse(await body_of(request), Ask).question
+    responder = responder_of(request)
     return JSONResponse(await _only(request, await responder.ask(question)), headers=responder.origin(MODEL, INDEX))
 
 
 async def retrieve(request: Request) -> Response:
-    asked = parse(await _body(request), Retrieve)
-    responder = _responder(request)
+    asked = parse(await body_of(request), Retrieve)
+    responder = responder_of(request)
     found = await _only(request, await responder.retrieve(asked))
     return JSONResponse({"object": "list", "data": found}, headers=responder.origin(INDEX))
 
 
 async def embeddings(request: Request) -> Response:
-    asked = parse(await _body(request), EmbeddingRequest)
-    responder = _responder(request)
+    asked = parse(await body_of(request), EmbeddingRequest)
+    responder = responder_of(request)
     vectors, tokens = await _only(request, await responder.embed(asked))
     responder.meter.answered(tokens, 0)
     body = embedding.reply(vectors, tokens, asked.model, asked.encoding_format or "float")
     return JSONResponse(body, headers=responder.origin(EMBEDDER))
+
+
+async def reload(request: Request) -> Response:
+    require_owner(request)
+    asked = parse(await body_of(request), Reload)
+    try:
+        old, new = await request.app.state.served.reload(asked.model)
+    except ValueError as error:
+        raise ApiError(400, str(error), "invalid_value", param="model") from None
+    digests = [responder.digests.get(MODEL) for responder in (new, old)]
+    body = {"object": "reload", "digest": digests[0], "previous": digests[1], "changed": new.digests != old.digests}
+    return JSONResponse(body, headers=new.origin(MODEL, INDEX))
 
 
 async def unknown_route(request: Request) -> Response:
@@ -136,7 +151,7 @@ async def _generate(
         include_usage=asked.include_usage,
     )
     batches = _metered(responder, reply, job)
-    async with _stopped_when_gone(request, job):
+    async with stopped_when_gone(request, job):
         # Whatever fails before the first piece still has a status of its own, in a stream too.
         first = await anext(batches)
         if not asked.stream:
@@ -207,59 +222,17 @@ def _models(responder: Responder) -> dict[str, dict[str, Any]]:
 
 async def _only(request: Request, job: Job[Any]) -> Any:
     """The one item of a job."""
-    async with _stopped_when_gone(request, job):
+    async with stopped_when_gone(request, job):
         _, item = await anext(aiter(job))
         return item
 
 
-async def _body(request: Request) -> bytes:
-    """The body, read no further than the limit. Raises ApiError 413, and 499 where the client leaves before it is whole."""
-    limit = _responder(request).limits.maximum_body_bytes
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise ApiError(413, f"the body is longer than {limit} bytes; send less", "request_too_large")
-            parts.append(part)
-    except ClientDisconnect:
-        raise ApiError(499, "the client left before its request was complete", "client_closed_request") from None
-    return b"".join(parts)
-
-
-@asynccontextmanager
-async def _stopped_when_gone(request: Request, job: Job[Any]) -> AsyncIterator[None]:
-    """Stops the job when the client hangs up while the block runs; the body must have been read."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        job.stop()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-
-
-def _responder(request: Request) -> Responder:
-    """Every way to the model leads through here. Raises ApiError 503 before there is one."""
-    responder = request.app.state.responder
-    if not isinstance(responder, Responder):
-        raise ApiError(503, "the model is still loading; ask again in a moment", "not_ready", retry_after=1)
-    return responder
-
-
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    responder = app.state.responder
-    if responder is not None and threading.current_thread() is threading.main_thread():
-        finish_first(responder.lane, responder.search_lane)
+    if threading.current_thread() is threading.main_thread():
+        finish_first(app.state.served.lanes)
     yield
-    if app.state.responder is not None:
-        await asyncio.to_thread(app.state.responder.close)
+    await asyncio.to_thread(app.state.served.close)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -281,5 +254,5 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def _refused(request: Request, error: ApiError) -> None:
-    if isinstance(responder := request.app.state.responder, Responder):
+    if (responder := request.app.state.served.now) is not None:
         responder.meter.refused(error.code)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -46,6 +48,17 @@ def require_key(authorization: str, key: str) -> None:
         raise ApiError(401, "this server wants its API key, in the header Authorization: Bearer …", "invalid_api_key")
 
 
+def require_owner(request: Request) -> None:
+    """Raises ApiError 403 for whoever may not change what is served: where there is no key, all but programs on this machine.
+
+    A web page may not with a key either: its reader's browser would send that along. Browsers name the page in `Origin`.
+    """
+    if "origin" in request.headers:
+        raise ApiError(403, "no web page may ask for this; send it with a program, without the header Origin", "not_allowed")
+    if not request.app.state.key and not _is_loopback(request.client.host if request.client else ""):
+        raise ApiError(403, "without an API key only this machine may ask for this; serve with --api-key-file", "not_allowed")
+
+
 class Guard:
     """ASGI middleware: nothing but `OPEN` is reached without the key. The key may come after the app: `key` is asked each time."""
 
@@ -60,6 +73,13 @@ class Guard:
             except ApiError as error:
                 return await _refuse(error, scope, receive, send)
         await self.app(scope, receive, send)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from llm_from_scratch.serving.lane import Lane
 
 
-def finish_first(*lanes: Lane) -> None:
-    """From now on SIGTERM drains `lanes` before the handler that is there now is called. In the main thread, within its event loop."""
+def finish_first(lanes: Callable[[], Sequence[Lane]]) -> None:
+    """From now on SIGTERM drains the lanes that there are then, before the handler that is there now is called.
+
+    In the main thread, within its event loop.
+    """
     loop = asyncio.get_running_loop()
     end = signal.getsignal(signal.SIGTERM)
 
     def begin(number: int, frame: FrameType | None) -> None:
         if not tasks:
-            for lane in lanes:
+            for lane in lanes():
                 lane.drain()
             loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(finish())))
 
     async def finish() -> None:
-        for lane in lanes:
+        for lane in lanes():
             await lane.idle()
         if callable(end):
             end(signal.SIGTERM, None)

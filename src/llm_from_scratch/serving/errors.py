@@ -7,8 +7,10 @@ from typing import TypedDict
 REFUSALS = {
     400: "the request is wrong; `param` names the field at fault",
     401: "the API key is missing or wrong",
+    403: "the owner of the server alone may ask for this: who bears its key or, where it has none, programs on its own machine",
     404: "there is no such model",
     405: "the route knows other methods",
+    409: "a reload is going on; Retry-After says when to come again",
     413: "the body is longer than the limit",
     429: "too many are waiting; Retry-After says when to come again",
     500: "the server failed",

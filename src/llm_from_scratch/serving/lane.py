@@ -208,6 +208,7 @@ class Lane:
         for job in list(self._jobs):
             job.stop()
         self._threads.shutdown(cancel_futures=True)
+        self._changed = quiet
 
     def _run(self, job: Job[Any], part: int) -> None:
         begin = time.monotonic()

@@ -6,7 +6,9 @@ set up how its processes share their numbers, prometheus_client must not be impo
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from llm_from_scratch.inference.batching import Stats
@@ -22,7 +24,7 @@ class Meter:
         """From a request's arrival to the first token of an answer to it."""
 
     def next_tokens(self, seconds: float, tokens: int) -> None:
-        """Since the answer's last tokens. Under load several come at once, and the mean time between them is what is kept."""
+        """Since the answer's last tokens. Under load several come at once: each then counts, with the mean time between them."""
 
     def answered(self, prompt_tokens: int, completion_tokens: int) -> None:
         """A request whose answers are complete."""
@@ -30,8 +32,8 @@ class Meter:
     def refused(self, code: str) -> None:
         """A request, or the rest of its answer, that ended in an error."""
 
-    def load(self, waiting: int, stats: Stats) -> None:
-        """How many answers stand in line, and what the engine has on its hands."""
+    def load(self, of: object, waiting: int, stats: Stats) -> None:
+        """How many answers stand in line, and what the engine has on its hands: `of` one of the models that answer, as a rule the only."""
 
 
 class PrometheusMeter(Meter):
@@ -47,12 +49,15 @@ class PrometheusMeter(Meter):
         self._waiting = Gauge("llm_queue_length", "Answers that stand in line", multiprocess_mode="livesum")
         self._running = Gauge("llm_running", "Answers that the engine is making", multiprocess_mode="livesum")
         self._cache = Gauge("llm_cache_tokens", "Places in the cache", ["state"], multiprocess_mode="livesum")
+        self._loads: WeakKeyDictionary[object, tuple[int, Stats]] = WeakKeyDictionary()  # of a model that is gone nothing is left
+        self._turn = threading.Lock()
 
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
 
     def next_tokens(self, seconds: float, tokens: int) -> None:
-        self._between.observe(seconds / tokens)
+        for _ in range(tokens):
+            self._between.observe(seconds / tokens)
 
     def answered(self, prompt_tokens: int, completion_tokens: int) -> None:
         self._requests.labels("ok").inc()
@@ -62,8 +67,11 @@ class PrometheusMeter(Meter):
     def refused(self, code: str) -> None:
         self._requests.labels(code).inc()
 
-    def load(self, waiting: int, stats: Stats) -> None:
-        self._waiting.set(waiting)
-        self._running.set(stats.running)
-        self._cache.labels("used").set(stats.cache_tokens_used)
-        self._cache.labels("capacity").set(stats.cache_tokens_capacity)
+    def load(self, of: object, waiting: int, stats: Stats) -> None:
+        with self._turn:
+            self._loads[of] = (waiting, stats)
+            loads = list(self._loads.values())
+        self._waiting.set(sum(waiting for waiting, _ in loads))
+        self._running.set(sum(stats.running for _, stats in loads))
+        self._cache.labels("used").set(sum(stats.cache_tokens_used for _, stats in loads))
+        self._cache.labels("capacity").set(sum(stats.cache_tokens_capacity for _, stats in loads))

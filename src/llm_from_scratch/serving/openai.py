@@ -59,6 +59,16 @@ class Retrieve(Form):
     filters: dict[str, str | list[str]] | None = None
 
 
+class Reload(Form):
+    """POST /admin/reload: another model of the server's store takes over, and nobody is cut off.
+
+    `model` is its tag in the store; null takes the one that was stored last. What has begun ends on the model it began on, and
+    X-Bundle-Digest says of each answer which one that was. Answered once the new model answers.
+    """
+
+    model: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*(:[a-z0-9][a-z0-9_.-]*)?$", max_length=200)] | None = None
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from llm_from_scratch.serving.errors import REFUSALS
-from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, EmbeddingRequest, Form, Retrieve
+from llm_from_scratch.serving.openai import Ask, ChatRequest, CompletionRequest, EmbeddingRequest, Form, Reload, Retrieve
 
 TEMPLATE = "#/components/schemas/{model}"
 POSTS: dict[str, tuple[type[Form], str, Sequence[str]]] = {
@@ -20,6 +20,7 @@ POSTS: dict[str, tuple[type[Form], str, Sequence[str]]] = {
     "/v1/embeddings": (EmbeddingRequest, "Texts as unit vectors", ("object", "data", "model", "usage")),
     "/ask": (Ask, "An answer from the documents, with what was read", ("answer", "found", "citations", "model")),
     "/retrieve": (Retrieve, "The passages that fit a query best", ("object", "data")),
+    "/admin/reload": (Reload, "Another model takes over", ("object", "digest", "previous", "changed")),
 }
 """Each route with its request, what it is for, and the fields of its answer."""
 

@@ -61,7 +61,8 @@ class Responder:
         self.rungs = dict(rungs or {})
         self.digests = dict(digests or {})
         self.meter = Meter()
-        self.lane = Lane(limits.slots, limits.maximum_waiting, limits.deadline_seconds, self._report)
+        self.users = 0  # requests that hold it: it is not closed under them
+        self.lane = Lane(limits.slots, limits.maximum_waiting, limits.deadline_seconds, self.report)
         self.search_lane = Lane(1, limits.maximum_waiting, limits.deadline_seconds)
         self._prompt_limit = limits.maximum_prompt_tokens
         self._question_limit = limits.maximum_prompt_tokens
@@ -138,8 +139,9 @@ class Responder:
         self.lane.close()
         self.search_lane.close()
 
-    def _report(self) -> None:
-        self.meter.load(self.lane.waiting, self.engine.stats())
+    def report(self) -> None:
+        """Tells the meter how busy it is; the lane asks for it whenever somebody came or is done."""
+        self.meter.load(self, self.lane.waiting, self.engine.stats())
 
     def _submit(self, prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> Job[Delta]:
         words = self.engine.tokenizer.vocab_size

@@ -10,17 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import bentoml
-from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Route
 
 from llm_from_scratch.serving import ui
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.auth import Guard, read_key
+from llm_from_scratch.serving.bento_middleware import mend
 from llm_from_scratch.serving.draining import finish_first
 from llm_from_scratch.serving.limits import LONGEST_DEADLINE
 from llm_from_scratch.serving.metrics import PrometheusMeter
+from llm_from_scratch.serving.package import NAME
 from llm_from_scratch.serving.responder import Responder, check_package
+
+LATEST = f"{NAME}:latest"
 
 
 class Arguments(BaseModel):
@@ -30,12 +33,22 @@ class Arguments(BaseModel):
     Without `api_key_file` everybody who reaches the server may ask.
     """
 
-    model: str = "llm_from_scratch:latest"
+    model: str = LATEST
     api_key_file: str = ""
 
 
+def open_stored(tag: str | None) -> Responder:
+    """The responder of a model in BentoML's store. Raises ValueError where it is not there or damaged."""
+    try:
+        folder = Path(bentoml.models.get(tag or LATEST).path)
+    except bentoml.exceptions.BentoMLException as error:
+        raise ValueError(f"{error}; python -m pipelines reload stores the chosen one and asks for it") from None
+    return Responder.open(folder)
+
+
 arguments = bentoml.use_arguments(Arguments)
-app = create_app()
+app = create_app(open_stored=open_stored)
+mend(frozenset(route.path for route in app.routes if isinstance(route, Route)).__contains__)
 
 
 def api_key() -> str:
@@ -67,28 +80,20 @@ class LanguageModel:
 
     def __init__(self) -> None:
         app.state.key = api_key()
-        self.responder = Responder.open(Path(self.model.path))
-        self.responder.meter = PrometheusMeter()
-        app.state.responder = self.responder
-        ui.mount(app, self.responder)
-        finish_first(self.responder.lane, self.responder.search_lane)
+        self.served = app.state.served
+        self.served.now = Responder.open(Path(self.model.path))
+        self.served.now.meter = PrometheusMeter()
+        self.served.now.report()
+        ui.mount(app, self.served)
+        finish_first(self.served.lanes)
 
     async def __is_ready__(self) -> bool:
-        return not self.responder.lane.draining
+        return not any(lane.draining for lane in self.served.lanes())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        self.responder.close()
+        self.served.close()
 
 
-async def untimed(middleware: TimeoutMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
-    """BentoML never cancels its timer, which keeps what it knows of a request for `timeout` seconds: 8 KB each, 40 MB after 5,000.
-
-    The lane has a deadline of its own, with an answer that OpenAI's clients can read.
-    """
-    await middleware.app(scope, receive, send)
-
-
-TimeoutMiddleware.__call__ = untimed
 # BentoML's own routes too: its page, /docs.json and /schema.json. To mypy a decorated class is still the class.
 LanguageModel.add_asgi_middleware(Guard, key=lambda: app.state.key)  # type: ignore[attr-defined]

@@ -133,6 +133,8 @@ def attend(responder: Responder, text: str, layer: int, head: int) -> AsyncGener
 
     def produce() -> Iterator[Attention]:
         maps, tokens = attention_of(engine, text)
+        if layer > len(maps) or head > len(maps[0]):
+            raise ValueError(f"no head {head} in layer {layer}: this model has {len(maps)} layers of {len(maps[0])}; choose others")
         yield Attention(tokens, maps[layer - 1, head - 1])
 
     return _items(responder.lane, lambda check: produce())
