@@ -42,9 +42,12 @@ def test_every_page_can_be_written_where_nothing_was_asked(page: str) -> None:
     assert "question_answering.png" not in said, "a picture that nobody drew"
 
 
-def test_a_card_can_be_written_where_nothing_was_asked(tmp_path: Path) -> None:
+def test_the_card_of_what_is_served_claims_no_answers_where_nothing_was_asked(tmp_path: Path) -> None:
     asked = test_claims.values()
-    unasked = asked | {"m": asked["m"] | {"rag": {}, "retrieval": {}}}
-    said = (test_claims.REPORTS / "cards" / "sft.md").read_text(encoding="utf-8")
-    book.write_card(tmp_path / "card.md", unasked | {"model": "sft", "manifest": test_claims.told_by(said)})
-    assert (tmp_path / "card.md").stat().st_size > 0
+    served = asked["m"]["served"]["model"]
+    told = {"model": served, "manifest": test_claims.told_by((test_claims.REPORTS / "cards" / f"{served}.md").read_text(encoding="utf-8"))}
+    claimed = []
+    for rag in (asked["m"]["rag"], {}):
+        book.write_card(tmp_path / "card.md", asked | {"m": asked["m"] | {"rag": rag}} | told)
+        claimed.append("with and without retrieval" in (tmp_path / "card.md").read_text(encoding="utf-8"))
+    assert claimed == [True, False]
