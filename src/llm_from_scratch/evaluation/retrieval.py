@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import get_args
 
 import numpy as np
@@ -39,6 +40,7 @@ from llm_from_scratch.tokenizer.chat import render
 
 CONDITIONS = ("none", "random", "retrieved", "oracle")
 TOGETHER = 16  # prompts read at once
+WORTH_SHARING = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -198,13 +200,26 @@ def _read(
 
 def _prompted(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) -> Tensor:
     """Read every prompt into its slot; the logits (Q, V) after it. What pads a shorter one is overwritten by what comes after it."""
-    before = pad_sequence([torch.tensor(prompt[:-1], dtype=torch.int64, device=slots.device) for prompt in prompts], batch_first=True)
-    everyone = range(slots.slots)
+    shared = _shared(forward, slots, prompts)
+    rest = [torch.tensor(prompt[shared:-1], dtype=torch.int64, device=slots.device) for prompt in prompts]
+    before, everyone = pad_sequence(rest, batch_first=True), range(slots.slots)
     if before.size(1):
         forward(before, slots.rows(0, slots.slots, before.size(1), everyone), False)
     slots.lengths[:] = [len(prompt) - 1 for prompt in prompts]
     last = torch.tensor([prompt[-1:] for prompt in prompts], device=slots.device)
     return forward(last, slots.rows(0, slots.slots, 1, everyone), False)[:, -1]
+
+
+def _shared(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, read once and copied into every slot: the instructions, say. 0 where it would not pay."""
+    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    if len(prompts) == 1 or shared < WORTH_SHARING:
+        return 0
+    forward(torch.tensor([prompts[0][:shared]], device=slots.device), slots.rows(0, 1, shared, [0]), False)
+    for stored in (*slots.keys, *slots.values):
+        stored[1:, :shared] = stored[:1, :shared]
+    slots.lengths[:] = [shared] * slots.slots
+    return shared
 
 
 def _scored(forward: Forward, slots: SlotCache, after: Tensor, offered: Sequence[list[int]]) -> Tensor:
