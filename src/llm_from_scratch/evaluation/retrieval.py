@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import get_args
 
 import numpy as np
@@ -212,7 +212,8 @@ def _prompted(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) 
 
 def _shared(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, read once and copied into every slot: the instructions, say. 0 where it would not pay."""
-    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*(prompt[:-1] for prompt in prompts), strict=False))
+    shared = sum(1 for _ in alike)
     if len(prompts) == 1 or shared < WORTH_SHARING:
         return 0
     forward(torch.tensor([prompts[0][:shared]], device=slots.device), slots.rows(0, 1, shared, [0]), False)
