@@ -150,10 +150,13 @@ def replies(
 ) -> list[Reply]:
     """What `model` makes of each prompt, `choices` being token ids that end in <|end|>, as many for every prompt."""
     made: dict[int, Reply] = {}
+    forward = forward_of(model)  # out here, or the weights that it packs could never be trained again
     ends = frozenset(tokenizer.special.values())
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for places in (order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)):
-        scores, written = _read(model, [prompts[place] for place in places], [choices[place] for place in places], answer_tokens, ends)
+        scores, written = _read(
+            model, forward, [prompts[place] for place in places], [choices[place] for place in places], answer_tokens, ends
+        )
         for place, row, ids in zip(places, scores.tolist(), written, strict=True):
             made[place] = Reply(tuple(row), tokenizer.decode(ids).strip())
         progress(len(places))
@@ -186,13 +189,17 @@ def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int, unr
 
 @torch.inference_mode()
 def _read(
-    model: nn.Module, prompts: list[list[int]], choices: list[Sequence[list[int]]], answer_tokens: int, ends: Collection[int]
+    model: nn.Module,
+    forward: Forward,
+    prompts: list[list[int]],
+    choices: list[Sequence[list[int]]],
+    answer_tokens: int,
+    ends: Collection[int],
 ) -> tuple[Tensor, list[list[int]]]:
     """Q prompts to the score of each choice (Q, C), and the greedy answers."""
     longest = max(len(ids) for row in choices for ids in row)
     slots = SlotCache(model, len(prompts), max(map(len, prompts)) + max(answer_tokens, longest))
     with evaluating(model):
-        forward = forward_of(model)
         after = _prompted(forward, slots, prompts)
         scores = [_scored(forward, slots, after, offered) for offered in zip(*choices, strict=True)]
         return torch.stack(scores, 1), _greedy(forward, slots, after, answer_tokens, ends)
