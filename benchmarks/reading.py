@@ -40,7 +40,8 @@ CURVE = {"recipe": 1.0, "half the time": 0.5, "a quarter": 0.25, "an eighth": 0.
 NOTES = [
     "All rows are the base model before any fine-tuning, asked evaluate's held-out questions; one seed, so a few points mean little.",
     "The first rows are the curve over time, each a whole training with a cooldown of its own; the picture (reading.png) draws them. "
-    "The others have half the time too, and stand beside that row: the recipe without one ingredient.",
+    "The others have half the time too, and stand beside that row: the recipe without one ingredient. `seconds` are of one core while "
+    "the other one was at work on something else; steps are the better clock.",
     "`no copying start` has attention begin with random values and no output, as usual. `descriptions alone` asks nothing but what the "
     "entry is, without sentences to go on with and words to name. `no strangers` leaves out lessons with a second passage. `loss on all of "
     "it` also learns to write the passages and the questions. `lessons not first` spreads as many lessons evenly over the steps. `text "
