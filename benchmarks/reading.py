@@ -1,4 +1,4 @@
-"""What teaches a small model to read? The recipe of `base`, and the same with one ingredient taken out, or with less time.
+"""What teaches a small model to read? The recipe of `base` for more and less time, and without one ingredient at half of its time.
 
 python -m benchmarks.reading --project FOLDER   (where make repro has run; --variants names fewer, --keep goes on after a break)
 """
@@ -26,6 +26,7 @@ from llm_from_scratch.evaluation.likelihood import score
 from llm_from_scratch.evaluation.retrieval import question_answering
 from llm_from_scratch.model import registry
 from llm_from_scratch.model.llama import LlamaParams
+from llm_from_scratch.report import figures
 from llm_from_scratch.tokenizer import Tokenizer
 from llm_from_scratch.tokenizer.chat import render
 from llm_from_scratch.training.batches import Batches, conversations, in_turn, shifted, windows
@@ -35,10 +36,16 @@ from stages.__main__ import read_yaml
 
 Lessons = Callable[[Sequence[Document]], list[ChatRecord]]
 CONDITIONS = ("none", "oracle")
+CURVE = {"recipe": 1.0, "half the time": 0.5, "a quarter": 0.25, "an eighth": 0.125}
 NOTES = [
     "All rows are the base model before any fine-tuning, asked evaluate's held-out questions; one seed, so a few points mean little.",
-    "`no copying start` has attention begin with random values and no output, as usual; `descriptions alone` asks nothing but what the "
-    "entry is; `lessons not first` spreads as many lessons evenly over the steps; `text alone` has no lessons.",
+    "The first rows are the curve over time, each a whole training with a cooldown of its own; the picture (reading.png) draws them. "
+    "The others have half the time too, and stand beside that row: the recipe without one ingredient. `seconds` are of one core while "
+    "the other one was at work on something else; steps are the better clock.",
+    "`no copying start` has attention begin with random values and no output, as usual. `descriptions alone` asks nothing but what the "
+    "entry is, without sentences to go on with and words to name. `no strangers` leaves out lessons with a second passage. `loss on all of "
+    "it` also learns to write the passages and the questions. `lessons not first` spreads as many lessons evenly over the steps. `text "
+    "alone` has no lessons.",
     "`by what it changes` chooses by how much the passage raised each choice's likelihood (pointwise mutual information), so that what was "
     "likely anyway does not count. `bits per byte` is of the held-out text: what the lessons cost the model as a writer.",
 ]
@@ -46,10 +53,11 @@ NOTES = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `base` is trained, and from which lessons."""
+    """How `base` is trained, from which lessons, and whether what is said in them counts alone."""
 
     rung: TrainParams
     lessons: Lessons
+    answers_alone: bool = True
 
     def told(self, **changes: Any) -> Recipe:
         assert self.rung.lessons is not None
@@ -74,21 +82,27 @@ def descriptions(documents: Sequence[Document]) -> list[ChatRecord]:
     return [record for record in records(documents, 1) if record["kind"] == "read"]
 
 
-def variants(ours: Recipe) -> dict[str, Recipe]:
-    assert isinstance(ours.rung.model, LlamaParams)
+def familiar(documents: Sequence[Document]) -> list[ChatRecord]:
+    """Those lessons whose passage stands alone."""
+    return [record for record in exercises(documents) if "\n\n" not in record["messages"][0]["content"]]
+
+
+def variants(whole: Recipe) -> dict[str, Recipe]:
+    """What the rows are, in their order."""
+    ours = whole.shorter(CURVE["half the time"])
     taught = ours.rung.lessons
+    assert isinstance(ours.rung.model, LlamaParams)
     assert taught is not None
     steps = taught.first + (ours.rung.steps - taught.first) * taught.share
     return {
-        "recipe": ours,
+        **{name: whole.shorter(share) for name, share in CURVE.items()},
         "no copying start": ours.with_model(copying=0.0),
         "descriptions alone": replace(ours, lessons=descriptions),
+        "no strangers": replace(ours, lessons=familiar),
+        "loss on all of it": replace(ours, answers_alone=False),
         "lessons not first": ours.told(first=0, share=steps / ours.rung.steps),
         "passages of 400 characters": replace(ours, lessons=partial(exercises, characters=400)),
         "text alone": ours.told(first=0, share=0.0),
-        "half the time": ours.shorter(0.5),
-        "a quarter": ours.shorter(0.25),
-        "an eighth": ours.shorter(0.125),
     }
 
 
@@ -105,7 +119,7 @@ def main() -> None:
         parser.error("train.base of this project takes no lessons; give one whose params.yaml has them")
     if arguments.quick:
         few = LessonParams(first=2, share=0.5, batch=2)
-        rung = rung.model_copy(update={"steps": 8, "batch": 2, "warmup_steps": 1, "lessons": few, "evaluate_tokens": 2000})
+        rung = rung.model_copy(update={"steps": 8, "batch": 2, "warmup_steps": 0, "lessons": few, "evaluate_tokens": 2000})
     evaluate = params.evaluate.model_copy(update={"questions": 8, "answer_tokens": 2}) if arguments.quick else params.evaluate
 
     tokens, corpus = arguments.project / "artifacts/tokens" / rung.tokens, arguments.project / "artifacts/raw" / params.index.documents
@@ -114,20 +128,23 @@ def main() -> None:
     train, held_out = (list(read_documents(corpus, split)) for split in ("train", "validation"))
     asked = questions(held_out, evaluate.questions, evaluate.choices, evaluate.seed)
     kept: dict[str, Any] = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else {}
-    for name, recipe in variants(Recipe(rung, exercises)).items():
+    wanted = variants(Recipe(rung, exercises))
+    for name, recipe in wanted.items():
         if name in kept or (arguments.variants and name not in arguments.variants):
             continue
         kept[name] = {"variant": name, **measured(recipe, shards, train, words, asked, evaluate)}
         if arguments.keep:
             arguments.keep.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    rows = [kept[name] for name in wanted if name in kept]
     table.write(
         arguments.out,
         "reading",
         "Reading: choosing the right of four descriptions without and with the passage, one ingredient taken out at a time",
-        list(kept.values()),
+        rows,
         {"questions": len(asked), "seed": rung.seed, "recipe": rung.model_dump(include={"steps", "batch", "context", "lessons", "model"})},
         NOTES,
     )
+    figures.reading(arguments.out, [row for row in rows if row["variant"] in CURVE], chance=1 / evaluate.choices)
 
 
 def measured(
@@ -162,7 +179,11 @@ def batches(recipe: Recipe, shards: Shards, documents: Sequence[Document], words
     if taught is None or not taught.some:
         return text
     rendered = (render(record["messages"], words, prompt=False) for record in recipe.lessons(documents))
-    pairs = [shifted(torch.tensor(ids), torch.tensor(learned)) for ids, learned in rendered if len(ids) <= rung.context + 1]
+    pairs = [
+        shifted(torch.tensor(ids), torch.tensor(learned) | (not recipe.answers_alone))
+        for ids, learned in rendered
+        if len(ids) <= rung.context + 1
+    ]
     return in_turn(text, conversations(pairs, taught.batch, words.eot, rung.seed), taught.first, taught.share)
 
 

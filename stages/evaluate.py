@@ -74,10 +74,15 @@ def with_ngram(params: Params, artifacts: Path) -> dict[str, Any]:
 
 
 def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Held-out questions put to the served model with and without retrieval; its numbers, and some of its answers to look at."""
+    """Held-out questions put to the served model with and without retrieval; its numbers, and some of its answers to look at.
+
+    All are empty where no held-out document says in a line what it is, as a person's own do not: no question has a known answer there.
+    """
+    held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
+    if not any(document.description for document in held_out):
+        return {"rag": {}, "retrieval": {}}, []
     engine = Engine.open(artifacts / "models" / model)
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
-    held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     asked = questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed)
 
     with progress.bar(total=len(asked) * len(CONDITIONS), desc="asking", unit=" questions") as bar:
@@ -124,7 +129,8 @@ def draw(params: Params, artifacts: Path, folder: Path, metrics: Mapping[str, An
     curves = {rung: gather.curve(artifacts / "logs" / "train" / rung / "curve.csv") for rung in params.train if rung != "ngram"}
     figures.loss_curves(folder, curves)
     figures.quantization(folder, metrics["quantize"])
-    figures.question_answering(folder, metrics["rag"], chance=1 / params.evaluate.choices)
+    if metrics["rag"]:
+        figures.question_answering(folder, metrics["rag"], chance=1 / params.evaluate.choices)
     draw_alignment(artifacts / "logs" / "finetune", folder, metrics["alignment"])
     encodings = artifacts / "logs" / "tokenize" / params.train["base"].tokens / "encoding.json"
     figures.encodings(folder, json.loads(encodings.read_text(encoding="utf-8")))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reading import Recipe, exercises, variants
+from benchmarks.reading import CURVE, Recipe, exercises, familiar, variants
 from llm_from_scratch import bundle, config
 from llm_from_scratch.data.documents import Document, with_splits, write_documents
 from llm_from_scratch.training.plan import TrainParams
@@ -34,15 +34,18 @@ def entries() -> list[Document]:
     ]
 
 
-def test_every_variant_differs_from_the_recipe_in_what_it_is_named_for():
+def test_every_variant_differs_from_the_recipe_of_its_time_in_what_it_is_named_for() -> None:
     rung = config.parse(read_yaml(ROOT / "params.yaml"), "params.yaml").train["base"]
     assert isinstance(rung, TrainParams)
-    ours, others = Recipe(rung, exercises), variants(Recipe(rung, exercises))
-    assert others.pop("recipe") == ours
+    whole, others = Recipe(rung, exercises), variants(Recipe(rung, exercises))
+    assert list(others)[: len(CURVE)] == list(CURVE)
+    assert others["recipe"] == whole
+    ours = others.pop("half the time")
+    assert ours.rung.steps * 2 == rung.steps
     assert all(other != ours for other in others.values())
+    assert {other.rung.steps for name, other in others.items() if name not in CURVE} == {ours.rung.steps}
     assert others["text alone"].rung.lessons is not None
     assert not others["text alone"].rung.lessons.some
-    assert others["half the time"].rung.steps * 2 == rung.steps
 
     def taught(recipe: Recipe) -> float:
         lessons = recipe.rung.lessons
@@ -50,6 +53,12 @@ def test_every_variant_differs_from_the_recipe_in_what_it_is_named_for():
         return lessons.first + (recipe.rung.steps - lessons.first) * lessons.share
 
     assert taught(others["lessons not first"]) == pytest.approx(taught(ours)), "as many, but elsewhere"
+
+
+def test_lessons_without_strangers_are_those_with_one_passage() -> None:
+    alone, all_of_them = familiar(entries()), exercises(entries())
+    assert 0.5 < len(alone) / len(all_of_them) < 0.9
+    assert all(record["messages"][0]["content"].count("Thing") <= 2 for record in alone)
 
 
 @pytest.mark.long
@@ -69,7 +78,8 @@ def test_every_variant_has_its_row_and_what_is_finished_is_not_made_again(tmp_pa
         assert done.returncode == 0, done.stderr[-2000:]
         return [row["variant"] for row in json.loads((tmp_path / "reading.json").read_text(encoding="utf-8"))["rows"]]
 
-    assert started("recipe", "text alone") == ["recipe", "text alone"]
+    assert started("text alone", "recipe") == ["recipe", "text alone"]
+    assert (tmp_path / "reading.png").exists()
     kept = (tmp_path / "kept.json").read_bytes()
     assert started("recipe") == ["recipe", "text alone"]
     assert (tmp_path / "kept.json").read_bytes() == kept

@@ -172,8 +172,8 @@ def test_shared_prompts_score_as_each_choice_read_alone_from_its_beginning(
 ) -> None:
     model = random_model(shape, tokenizer)
     prompts, choices = [], []
-    for place, question in enumerate(questions() * 4):  # some prompts are of one length, some are not
-        asked = question_messages(question.question, [question.passage] * (place % 2))
+    for place, question in enumerate(questions() * 4):  # of many lengths, and a half of them begin alike
+        asked = question_messages(question.question, [f"A passage about something. {question.passage}"] * (place % 2))
         prompts.append(render(asked, tokenizer, prompt=True)[0])
         choices.append([[*tokenizer.encode(choice), tokenizer.special["<|end|>"]] for choice in question.choices])
     done: list[int] = []

@@ -228,3 +228,28 @@ def test_the_readme_is_filled_from_the_run(built: Path) -> None:
     run(built, sys.executable, "-m", "stages", "readme")
     metrics = json.loads((built / "reports" / "metrics.json").read_text())
     assert f"**{metrics['ladder']['gpt']['val_bpb']:.3f}**" in (built / "README.md").read_text()
+
+
+@pytest.mark.long
+def test_a_folder_of_ones_own_takes_the_place_of_wikipedia_and_nothing_is_trained_again(built: Path) -> None:
+    from tests.test_rag import write_pdf
+
+    notes = built.parent / "notes"
+    notes.mkdir()
+    for number in range(12):
+        (notes / f"room_{number}.txt").write_text(f"The key of room {number} hangs behind the door with {number} knocks.\n" * 2)
+    (notes / "boiler.md").write_text("# Boiler\n\nThe boiler stands in the cellar, behind the red door.\n")
+    write_pdf(notes / "manual.pdf", ["Press the green button twice.", "The filter is washed in June, by hand and without soap."])
+
+    said = run(
+        built, sys.executable, "-m", "pipelines", "experiment", "own_documents", "--", "-S", f"sources.text_folder.path={notes}"
+    ).stdout
+    run(built, sys.executable, "-m", "stages", "readme")
+
+    assert set(re.findall(r"^Running stage '(.+)':", said, re.MULTILINE)) == {"download@text_folder", "index", "evaluate"}
+    passages = (built / "artifacts" / "index" / "passages.jsonl").read_text()
+    assert all(name in passages for name in ("boiler.md", "manual.pdf", "room_3.txt"))
+    metrics = json.loads((built / "reports" / "metrics.json").read_text())
+    assert metrics["rag"] == metrics["retrieval"] == {}
+    for page in ("reports/report.md", "reports/weeks/week_11.md", "README.md"):
+        assert "No questions were asked" in (built / page).read_text(), page

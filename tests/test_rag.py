@@ -19,7 +19,7 @@ from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.model.llama import LlamaParams
 from llm_from_scratch.model.registry import build
 from llm_from_scratch.retrieval.embed import Embedder
-from llm_from_scratch.retrieval.grounding import checked, support
+from llm_from_scratch.retrieval.grounding import checked, settled, support
 from llm_from_scratch.retrieval.index import Index, IndexParams
 from llm_from_scratch.retrieval.passages import Passage
 from llm_from_scratch.retrieval.rag import (
@@ -28,6 +28,7 @@ from llm_from_scratch.retrieval.rag import (
     NUMBERED,
     TRAINED,
     answer,
+    answering,
     fit_passages,
     form_of,
     numbered_messages,
@@ -118,7 +119,9 @@ class Says(Engine):
 
     def chat(self, messages: Sequence[Any], sampling: Sampling) -> Iterator[Piece]:
         self.asked.append(messages)
-        yield Piece(self.text, (), "stop", 1, 1)
+        for number, character in enumerate(self.text, 1):
+            yield Piece(character, (), None, 1, number)
+        yield Piece("", (), "stop", 1, len(self.text))
 
 
 def strict(**changed: float) -> IndexParams:
@@ -263,22 +266,51 @@ def test_support_is_the_share_of_the_claim_s_own_words_that_the_source_has() -> 
 SOURCES = ["Sun\nThe Sun is a star of hot plasma.", "Nile\nThe Nile is a river in Africa.", "Moon\nA rock that orbits the Earth."]
 
 
-@pytest.mark.parametrize(
-    ("said", "kept", "numbers"),
-    [
-        ("A star of plasma [1].", "A star of plasma [1].", [1]),
-        ("A star of plasma [2].", "A star of plasma.", [1]),  # the wrong mark goes, and the source that does say so is cited
-        ("A star of plasma [7].", "A star of plasma.", [1]),
-        ("A star of plasma [1][2][3].", "A star of plasma [1].", [1]),
-        ("Bananas are yellow [1].", "Bananas are yellow.", []),
-        ("A star of plasma [1]. A river in Africa [3].", "A star of plasma [1]. A river in Africa.", [1]),
-        ("A star of plasma. A river in Africa.", "A star of plasma. A river in Africa.", [1, 2]),
-        ("A star of plasma. [1] A river in Africa. [2]", "A star of plasma. [1] A river in Africa. [2]", [1, 2]),
-        ("", "", []),
-    ],
-)
+SAID = [
+    ("A star of plasma [1].", "A star of plasma [1].", [1]),
+    ("A star of plasma [2].", "A star of plasma.", [1]),  # the wrong mark goes, and the source that does say so is cited
+    ("A star of plasma [7].", "A star of plasma.", [1]),
+    ("A star of plasma [1][2][3].", "A star of plasma [1].", [1]),
+    ("Bananas are yellow [1].", "Bananas are yellow.", []),
+    ("A star of plasma [1]. A river in Africa [3].", "A star of plasma [1]. A river in Africa.", [1]),
+    ("A star of plasma. A river in Africa.", "A star of plasma. A river in Africa.", [1, 2]),
+    ("A star of plasma. [1] A river in Africa. [2]", "A star of plasma. [1] A river in Africa. [2]", [1, 2]),
+    ("", "", []),
+]
+
+
+@pytest.mark.parametrize(("said", "kept", "numbers"), SAID)
 def test_a_citation_that_supports_nothing_is_dropped(said: str, kept: str, numbers: list[int]) -> None:
     assert checked(said, "What is it?", SOURCES, least=0.5) == (kept, numbers)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "numbers"), [*SAID, (" A star [sic] of Mr. X [1] and  B. [2]", "A star [sic] of Mr. X and  B.", [])]
+)
+def test_what_is_shown_of_an_answer_in_the_making_is_never_taken_back(said: str, kept: str, numbers: list[int]) -> None:
+    shown = [settled(said[:end], "What is it?", SOURCES, least=0.5) for end in range(len(said) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, [*shown[1:], kept], strict=True))
+    assert shown[-1] == kept or "[" in said, "and nothing is held back but marks"
+
+
+def test_an_answer_grows_and_cites_at_its_end(tmp_path: Path, embedder: Embedder, imported: ImportedTokenizer) -> None:
+    index = tiny_index(tmp_path / "strict", embedder, PASSAGES, strict(support=0.5))
+    *growing, complete = answering(Says("A river [1] in Africa [7]. A cheese [1].", imported), index, "What is the Nile?", 1, GREEDY)
+    assert complete.text == "A river [1] in Africa. A cheese."
+    assert [cited.document for cited in complete.citations] == ["nile"]
+    assert [grown.text for grown in growing[:9]] == ["A", "A", "A r", "A ri", "A riv", "A rive", "A river", "A river", "A river"]
+    assert all(complete.text.startswith(grown.text) for grown in growing)
+    assert {(grown.citations, grown.finish_reason) for grown in growing} == {((), None)}
+    assert complete == answer(Says("A river [1] in Africa [7]. A cheese [1].", imported), index, "What is the Nile?", 1, GREEDY)
+
+
+def test_an_answer_that_nobody_reads_on_is_no_longer_written(index: Index, tokenizer: CharTokenizer) -> None:
+    engine = engine_of(tokenizer, context=512)
+    growing = answering(engine, index, "What is a star?", 1, Sampling(temperature=0, max_tokens=100))
+    next(growing)
+    assert engine.stats().running == 1
+    growing.close()
+    assert engine.stats().running == 0
 
 
 def test_an_answer_cites_only_the_sources_that_say_so(tmp_path: Path, embedder: Embedder, tokenizer: CharTokenizer) -> None:

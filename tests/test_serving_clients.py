@@ -212,7 +212,10 @@ def test_a_chat_with_documents_cites_what_it_read_as_annotations(client: OpenAI)
     assert 0 <= cited[0].url_citation.start_index < cited[0].url_citation.end_index <= len(said.message.content or "")
     streamed = list(client.chat.completions.create(**asked, stream=True, extra_body={"documents": True}))
     noted = [chunk.choices[0].delta.annotations for chunk in streamed if "annotations" in (chunk.choices[0].delta.model_extra or {})]  # type: ignore[attr-defined]
-    assert noted == [[note.to_dict() for note in cited]]
+    assert noted == [[note.to_dict() for note in cited]], "once, at the end"
+    pieces = [chunk.choices[0].delta.content or "" for chunk in streamed]
+    assert "".join(pieces) == said.message.content
+    assert sum(map(bool, pieces)) > 1, "it does not wait for its end"
 
 
 def test_passages_are_found_without_an_answer_and_filtered(client: OpenAI) -> None:

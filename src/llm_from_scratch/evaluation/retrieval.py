@@ -6,37 +6,41 @@ Choosing among given answers by likelihood shows reading in models that are too 
 A choice's score is its mean log probability a token, its <|end|> with it: a sum would favour short choices for being short, and a mean
 over bytes has none to give to <|end|>. That is what fine-tuning minimised, too.
 
-Prompts of one length are read together and only once: all choices, and the answer, go on from the same keys and values.
+Prompts of about one length are read together and only once: all choices, and the answer, go on from the same keys and values.
 
-Shapes: Q questions of one prompt length, C choices each, L tokens of the longest choice, V vocabulary.
+Shapes: Q questions at once, C choices each, T tokens of the longest prompt, L of the longest choice, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
-from llm_from_scratch.data.chat import question_messages
 from llm_from_scratch.data.questions import Question
 from llm_from_scratch.evaluation import EvaluateParams
 from llm_from_scratch.evaluation.generation import exact_match, token_f1
-from llm_from_scratch.evaluation.multiple_choice import alike, bootstrap_interval, continuations, credit
+from llm_from_scratch.evaluation.multiple_choice import UNSCORED, bootstrap_interval, credit
 from llm_from_scratch.inference.decoding import context_of, evaluating
-from llm_from_scratch.inference.kv_cache import KVCache
+from llm_from_scratch.inference.fused import Forward, forward_of
+from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.retrieval.embed import Progress, quiet
 from llm_from_scratch.retrieval.index import DEPTH, Index, Mode
-from llm_from_scratch.retrieval.rag import fit_passages
+from llm_from_scratch.retrieval.rag import TRAINED, Form, fit_passages, form_of
 from llm_from_scratch.tokenizer.base import Tokenizer
 from llm_from_scratch.tokenizer.chat import render
 
 CONDITIONS = ("none", "random", "retrieved", "oracle")
-TOGETHER = 16  # prompts of one length read at once
+TOGETHER = 16  # prompts read at once
+WORTH_SHARING = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,24 @@ def question_answering(
     params: EvaluateParams,
     conditions: Sequence[str] = CONDITIONS,
     progress: Progress = quiet,
+    form: Form | None = None,
 ) -> dict[str, dict[str, float]]:
     """For each condition: accuracy with the ends of its 95% bootstrap interval, f1 and exact_match of the written answer, and n.
 
     Where `none` is among them, also accuracy_pmi: the choice whose likelihood the passage raised most (pointwise mutual information,
     Holtzman et al. 2021), which leaves out how likely each choice was anyway.
 
-    `progress` is told of every prompt done. Raises ValueError for a model that has no cache, or a condition that is none of CONDITIONS.
+    The question meets its passages as in `form`, or as the model is served. `progress` is told of every prompt done. Raises ValueError for
+    a model that has no cache, or a condition that is none of CONDITIONS.
     """
     if isinstance(model, NGram) or not getattr(model, "supports_cache", False):
         raise ValueError(f"{type(model).__name__} keeps no keys and values, so it cannot be asked; ask a gpt or llama rung")
-    choices = [[_ids(tokenizer, choice) for choice in question.choices] for question in questions]
+    form, choices = form or form_of(tokenizer), choice_ids(questions, tokenizer)
     room = context_of(model) - max(params.answer_tokens, max(len(ids) for offered in choices for ids in offered))
     found: dict[str, list[Reply]] = {}
     for condition in conditions:
-        prompts = [
-            render(question_messages(question.question, fit_passages(question.question, texts, tokenizer, room)), tokenizer, prompt=True)[0]
-            for question, texts in zip(questions, passages_for(condition, questions, index, params), strict=True)
-        ]
+        passages = passages_for(condition, questions, index, params, form)
+        prompts = prompts_with(passages, questions, tokenizer, room, form)
         found[condition] = replies(model, tokenizer, prompts, choices, params.answer_tokens, progress)
     return {condition: graded(questions, made, params.seed, found.get("none")) for condition, made in found.items()}
 
@@ -104,7 +108,9 @@ def rank_means(ranks: Sequence[int]) -> dict[str, float]:
     }
 
 
-def passages_for(condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams) -> list[list[str]]:
+def passages_for(
+    condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams, form: Form = TRAINED
+) -> list[list[str]]:
     """What is put before each question, best first. A random passage is another question's, so it is of the same making."""
     if condition == "none":
         return [[] for _ in questions]
@@ -114,8 +120,24 @@ def passages_for(condition: str, questions: Sequence[Question], index: Index, pa
         return [[question.passage] for question in questions]
     if condition == "retrieved":
         found = index.search_all([question.question for question in questions], params.passages)
-        return [[hit.passage.text for hit in hits] for hits in found]
+        return [form.told(hits) for hits in found]
     raise ValueError(f"no condition '{condition}'; there is {', '.join(CONDITIONS)}")
+
+
+def prompts_with(
+    passages: Sequence[Sequence[str]], questions: Sequence[Question], tokenizer: Tokenizer, room: int, form: Form = TRAINED
+) -> list[list[int]]:
+    """Each question behind its passages as ids, at most `room` of them. Raises ValueError where a question alone does not fit."""
+    prompts = []
+    for question, texts in zip(questions, passages, strict=True):
+        kept = fit_passages(question.question, texts, tokenizer, room, form)
+        prompts.append(render(form.messages(question.question, kept), tokenizer, prompt=True)[0])
+    return prompts
+
+
+def choice_ids(questions: Sequence[Question], tokenizer: Tokenizer) -> list[list[list[int]]]:
+    """Each choice as the assistant's whole answer, its end with it."""
+    return [[[*tokenizer.encode(choice), tokenizer.end_of_turn] for choice in question.choices] for question in questions]
 
 
 def replies(
@@ -128,9 +150,13 @@ def replies(
 ) -> list[Reply]:
     """What `model` makes of each prompt, `choices` being token ids that end in <|end|>, as many for every prompt."""
     made: dict[int, Reply] = {}
+    forward = forward_of(model)  # out here, or the weights that it packs could never be trained again
     ends = frozenset(tokenizer.special.values())
-    for _, places in alike([len(prompt) for prompt in prompts], TOGETHER):
-        scores, written = _read(model, [prompts[place] for place in places], [choices[place] for place in places], answer_tokens, ends)
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for places in (order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)):
+        scores, written = _read(
+            model, forward, [prompts[place] for place in places], [choices[place] for place in places], answer_tokens, ends
+        )
         for place, row, ids in zip(places, scores.tolist(), written, strict=True):
             made[place] = Reply(tuple(row), tokenizer.decode(ids).strip())
         progress(len(places))
@@ -163,19 +189,59 @@ def graded(questions: Sequence[Question], found: Sequence[Reply], seed: int, unr
 
 @torch.inference_mode()
 def _read(
-    model: nn.Module, prompts: list[list[int]], choices: list[Sequence[list[int]]], answer_tokens: int, ends: Collection[int]
+    model: nn.Module,
+    forward: Forward,
+    prompts: list[list[int]],
+    choices: list[Sequence[list[int]]],
+    answer_tokens: int,
+    ends: Collection[int],
 ) -> tuple[Tensor, list[list[int]]]:
-    """Prompts (Q, T) to the score of each choice (Q, C), and the greedy answers."""
-    read = KVCache.of(model, len(prompts[0]) + answer_tokens, batch=len(prompts))
-    device = read.keys.device
-    lengths = torch.tensor([[len(ids) for ids in row] for row in choices], device=device)
+    """Q prompts to the score of each choice (Q, C), and the greedy answers."""
+    longest = max(len(ids) for row in choices for ids in row)
+    slots = SlotCache(model, len(prompts), max(map(len, prompts)) + max(answer_tokens, longest))
     with evaluating(model):
-        after = model(torch.tensor(prompts, device=device), read)[:, -1]
-        scores = continuations(model, after, read, choices) / lengths
-        return scores, _greedy(model, after, read, answer_tokens, ends)
+        after = _prompted(forward, slots, prompts)
+        scores = [_scored(forward, slots, after, offered) for offered in zip(*choices, strict=True)]
+        return torch.stack(scores, 1), _greedy(forward, slots, after, answer_tokens, ends)
 
 
-def _greedy(model: nn.Module, after: Tensor, read: KVCache, most: int, ends: Collection[int]) -> list[list[int]]:
+def _prompted(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) -> Tensor:
+    """Read every prompt into its slot; the logits (Q, V) after it. What pads a shorter one is overwritten by what comes after it."""
+    shared = _shared(forward, slots, prompts)
+    rest = [torch.tensor(prompt[shared:-1], dtype=torch.int64, device=slots.device) for prompt in prompts]
+    before, everyone = pad_sequence(rest, batch_first=True), range(slots.slots)
+    if before.size(1):
+        forward(before, slots.rows(0, slots.slots, before.size(1), everyone), False)
+    slots.lengths[:] = [len(prompt) - 1 for prompt in prompts]
+    last = torch.tensor([prompt[-1:] for prompt in prompts], device=slots.device)
+    return forward(last, slots.rows(0, slots.slots, 1, everyone), False)[:, -1]
+
+
+def _shared(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, read once and copied into every slot: the instructions, say. 0 where it would not pay."""
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*(prompt[:-1] for prompt in prompts), strict=False))
+    shared = sum(1 for _ in alike)
+    if len(prompts) == 1 or shared < WORTH_SHARING:
+        return 0
+    forward(torch.tensor([prompts[0][:shared]], device=slots.device), slots.rows(0, 1, shared, [0]), False)
+    for stored in (*slots.keys, *slots.values):
+        stored[1:, :shared] = stored[:1, :shared]
+    slots.lengths[:] = [shared] * slots.slots
+    return shared
+
+
+def _scored(forward: Forward, slots: SlotCache, after: Tensor, offered: Sequence[list[int]]) -> Tensor:
+    """Mean log probability a token (Q,) of a choice behind each prompt. The slots stay as they were."""
+    targets = pad_sequence([torch.tensor(ids, device=slots.device) for ids in offered], batch_first=True, padding_value=UNSCORED)
+    logits = after[:, None]
+    if targets.size(1) > 1:
+        nobody = slots.rows(0, slots.slots, targets.size(1) - 1, ())
+        logits = torch.cat((logits, forward(targets[:, :-1].clamp(min=0), nobody, True)), 1)
+    nats = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=UNSCORED, reduction="none")
+    return -nats.sum(1) / (targets != UNSCORED).sum(1)
+
+
+def _greedy(forward: Forward, slots: SlotCache, after: Tensor, most: int, ends: Collection[int]) -> list[list[int]]:
     """The likeliest token again and again, until each row has come to an end or has `most` of them."""
     written: list[list[int]] = [[] for _ in after]
     going = set(range(len(written)))
@@ -188,13 +254,8 @@ def _greedy(model: nn.Module, after: Tensor, read: KVCache, most: int, ends: Col
                 written[row].append(token)
         if not going:
             break
-        after = model(tokens[:, None], read)[:, -1]
+        after = forward(tokens[:, None], slots.rows(0, slots.slots, 1, range(slots.slots)), False)[:, -1]
     return written
-
-
-def _ids(tokenizer: Tokenizer, choice: str) -> list[int]:
-    """A choice as the assistant's whole answer."""
-    return [*tokenizer.encode(choice), tokenizer.end_of_turn]
 
 
 def _strangers(questions: Sequence[Question], seed: int) -> list[str]:

@@ -229,6 +229,24 @@ def _known(value: float | None) -> bool:
     return value is not None and not np.isnan(value)
 
 
+def reading(folder: Path, rows: Sequence[Mapping[str, Any]], chance: float) -> Path:
+    """Accuracy without and with the passage against how long a model was trained; the dashed line is guessing, the numbers are the lift."""
+    figure, axes = _axes(6, 3.8)
+    rows = sorted(rows, key=lambda row: row["steps"])
+    steps = [row["steps"] for row in rows]
+    for name, color in (("with the passage", ACCENT), ("none", QUIET)):
+        axes.plot(steps, [row[name] for row in rows], color=color, marker="o", label=name)
+    for row in rows:
+        place = (row["steps"], row["with the passage"])
+        axes.annotate(f"{100 * row['lift']:+.1f}", place, textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8, color=INK)
+    axes.axhline(chance, color=QUIET, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("steps of training, each run with a cooldown of its own")
+    axes.set_ylabel(f"accuracy on held-out entries, {round(1 / chance)} choices")
+    axes.legend(frameon=False)
+    return _save(figure, folder / "reading.png")
+
+
 def _axes(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 

@@ -23,6 +23,7 @@ COMMON = frozenset(words(_COMMON))
 """Words that any text has."""
 
 _MARK = re.compile(r"\s*\[(\d{1,3})\]")
+_OPEN = re.compile(r"\s*(?:\[.*)?\Z", re.DOTALL)  # what may become a mark yet, or go with one
 _SENTENCE = re.compile(r"(?<=[.!?])(?<![A-Z]\.)(?:\s*\[\d{1,3}\])*\s+(?=[^\s\[])")
 
 
@@ -42,24 +43,37 @@ def checked(text: str, question: str, sources: Sequence[str], least: float) -> t
 
     A source, numbered from 1, is cited where a mark of it stays; where none does, every source that supports one of the sentences is.
     """
-    kept: set[int] = set()
-
-    def stays(sentence: str, number: int) -> bool:
-        claim = _MARK.sub("", sentence)
-        return 1 <= number <= len(sources) and support(claim, question, sources[number - 1]) >= least
-
-    def mended(sentence: str) -> str:
-        numbers = {int(number) for number in _MARK.findall(sentence)}
-        good = {number for number in numbers if stays(sentence, number)}
-        kept.update(good)
-        return _MARK.sub(lambda found: found[0] if int(found[1]) in good else "", sentence)
-
     sentences = _sentences(text)
-    mended_text = "".join(mended(sentence) for sentence in sentences).strip()
-    if kept:
-        return mended_text, sorted(kept)
+    mended = [_mended(sentence, question, sources, least) for sentence in sentences]
+    text = "".join(sentence for sentence, _ in mended).strip()
+    if kept := set().union(*(good for _, good in mended)):
+        return text, sorted(kept)
     numbers = range(1, len(sources) + 1)
-    return mended_text, [number for number in numbers if any(stays(sentence, number) for sentence in sentences)]
+    return text, [number for number in numbers if any(_supports(sentence, number, question, sources, least) for sentence in sentences)]
+
+
+def settled(text: str, question: str, sources: Sequence[str], least: float) -> str:
+    """How the answer that begins with `text` will begin once it is `checked`, whatever comes next.
+
+    Sentences that are over are there with the marks that stay in them, the last one up to its first mark.
+    """
+    *over, last = _sentences(text.lstrip()) or [""]
+    open_at = _OPEN.search(last)
+    assert open_at is not None
+    return "".join(_mended(sentence, question, sources, least)[0] for sentence in over) + last[: open_at.start()]
+
+
+def _mended(sentence: str, question: str, sources: Sequence[str], least: float) -> tuple[str, set[int]]:
+    """A sentence without the marks that do not stay, and the numbers in those that do."""
+    numbers = {int(number) for number in _MARK.findall(sentence)}
+    good = {number for number in numbers if _supports(sentence, number, question, sources, least)}
+    return _MARK.sub(lambda found: found[0] if int(found[1]) in good else "", sentence), good
+
+
+def _supports(sentence: str, number: int, question: str, sources: Sequence[str], least: float) -> bool:
+    """Whether there is a source of that number, and it bears out the sentence."""
+    claim = _MARK.sub("", sentence)
+    return 1 <= number <= len(sources) and support(claim, question, sources[number - 1]) >= least
 
 
 def _sentences(text: str) -> list[str]:

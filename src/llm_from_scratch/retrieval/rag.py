@@ -12,7 +12,8 @@ be had from a prompt: what a source can still do is say something false, and be 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from llm_from_scratch.data.chat import PASSAGE_CHARACTERS, Message, passage, que
 from llm_from_scratch.inference.decoding import prompt_limit
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
-from llm_from_scratch.retrieval.grounding import checked
+from llm_from_scratch.retrieval.grounding import checked, settled
 from llm_from_scratch.retrieval.index import Hit, Index, Where
 from llm_from_scratch.tokenizer import Tokenizer
 from llm_from_scratch.tokenizer.chat import render
@@ -62,11 +63,14 @@ class Citation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated, and from what. `finish_reason` "length" means it was cut off. Not `found`: it says just that, and cites none."""
+    """What was generated, and from what. Not `found`: it says just that, and cites none.
+
+    `finish_reason` "length" means it was cut off, and None that it is still being written: then it cites nothing yet.
+    """
 
     text: str
     citations: tuple[Citation, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"] | None
     prompt_tokens: int
     completion_tokens: int
     found: bool = True
@@ -96,22 +100,36 @@ def answer(engine: Engine, index: Index, question: str, k: int, sampling: Sampli
     Room is kept for `sampling.max_tokens`. Where even the nearest passage is further than `index.search.minimum_similarity`, nothing is
     generated. Raises ValueError when the question is empty or alone does not fit, or as `Index.search` does.
     """
+    *_, complete = answering(engine, index, question, k, sampling, where)
+    return complete
+
+
+def answering(
+    engine: Engine, index: Index, question: str, k: int, sampling: Sampling, where: Where | None = None
+) -> Generator[Answer, None, None]:
+    """The same answer as it grows: each text begins with the one before it, and the last is complete. Raises as `answer`, once begun."""
     form, rules = form_of(engine.tokenizer), index.params.search
     limit = prompt_limit(engine.model)
     room = None if limit is None else limit - sampling.max_tokens
     fit_passages(question, [], engine.tokenizer, room, form)
     found = index.find(question, k, where)
     if not found.hits or found.similarity < rules.minimum_similarity:
-        return Answer(NOT_FOUND, (), "stop", 0, 0, found=False)
+        yield Answer(NOT_FOUND, (), "stop", 0, 0, found=False)
+        return
     texts = fit_passages(question, form.told(found.hits), engine.tokenizer, room, form)
-    pieces = list(engine.chat(form.messages(question, texts), sampling))
-    last = pieces[-1]
-    assert last.finish_reason is not None
-    said = "".join(piece.text for piece in pieces).strip()
     sources = [f"{hit.passage.title}\n{text}" for hit, text in zip(found.hits, texts, strict=False)]
-    said, numbers = checked(said, question, sources, rules.support)
+    pieces = engine.chat(form.messages(question, texts), sampling)
+    assert isinstance(pieces, Generator)
+    said = ""
+    with closing(pieces):
+        for last in pieces:
+            said += last.text
+            if last.finish_reason is None:
+                text = settled(said, question, sources, rules.support)
+                yield Answer(text, (), None, last.prompt_tokens, last.completion_tokens)
+    said, numbers = checked(said.strip(), question, sources, rules.support)
     told = form is TRAINED or NOT_FOUND.rstrip(".").casefold() not in said.casefold()
-    return Answer(
+    yield Answer(
         text=said,
         citations=tuple(_citation(number, found.hits[number - 1], texts[number - 1]) for number in numbers if told),
         finish_reason=last.finish_reason,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.retrieval.embed import Vectors
 from llm_from_scratch.retrieval.index import Hit, Index
-from llm_from_scratch.retrieval.rag import Answer, answer, form_of, prompt_tokens
+from llm_from_scratch.retrieval.rag import answer, answering, form_of, prompt_tokens
 from llm_from_scratch.serving.answers import Interruptible, Prompt, continued
 from llm_from_scratch.serving.documents import annotations_of, citations_of, hits_of
 from llm_from_scratch.serving.embedding import SharedEmbedder, counted
@@ -166,25 +167,26 @@ class Responder:
             raise ApiError(400, message, "invalid_value", param="prompt")
         return prompt
 
-    def _answer(self, question: str, sampling: Sampling, check: Check) -> Answer:
-        return answer(Interruptible(self.engine, check), self.index, question, self.limits.passages, sampling)
-
     def _asked(self, question: str, sampling: Sampling, check: Check) -> Iterator[dict[str, Any]]:
-        given = self._answer(question, sampling, check)
+        given = answer(Interruptible(self.engine, check), self.index, question, self.limits.passages, sampling)
         self.meter.answered(given.prompt_tokens, given.completion_tokens)
         cited = citations_of(given.citations)
         yield {"answer": given.text, "found": given.found, "citations": cited, "model": self.limits.model_name}
 
     def _annotated(self, question: str, sampling: Sampling, check: Check) -> Iterator[Delta]:
-        """The answer in one piece: what it cites is known once it is complete."""
-        given = self._answer(question, sampling, check)
-        yield Delta(
-            text=given.text,
-            finish_reason=given.finish_reason,
-            prompt_tokens=given.prompt_tokens,
-            completion_tokens=given.completion_tokens,
-            annotations=annotations_of(given.text, given.citations),
-        )
+        """The answer, of which each delta is final; what it cites is known once it is complete, so the last one has that."""
+        said = 0
+        with closing(answering(Interruptible(self.engine, check), self.index, question, self.limits.passages, sampling)) as growing:
+            for given in growing:
+                yield Delta(
+                    text=given.text[said:],
+                    offset=said,
+                    finish_reason=given.finish_reason,
+                    prompt_tokens=given.prompt_tokens,
+                    completion_tokens=given.completion_tokens,
+                    annotations=annotations_of(given.text, given.citations) if given.finish_reason else None,
+                )
+                said = len(given.text)
 
     def _found(self, request: Retrieve, k: int) -> list[Hit]:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,7 +21,7 @@ from llm_from_scratch.inference.decoding import prompt_limit
 from llm_from_scratch.inference.engine import Engine, Piece
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.retrieval.index import Hit, Mode
-from llm_from_scratch.retrieval.rag import Citation, answer
+from llm_from_scratch.retrieval.rag import Citation, answering
 from llm_from_scratch.serving.answers import Interruptible
 from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Check, Lane, Produce
@@ -75,8 +76,8 @@ class Attention:
 
 
 def chat(responder: Responder, turns: Sequence[Message], documents: bool, sampling: Sampling) -> AsyncGenerator[Said, None]:
-    """The answer to the last of `turns`. With `documents` it is read from the index, asked alone, and comes whole: only then is it known
-    what it cites.
+    """The answer to the last of `turns`. With `documents` it is read from the index, asked alone; once it is complete it is known what it
+    cites.
     """
     engine = responder.engine
     question = str(turns[-1]["content"])
@@ -84,9 +85,13 @@ def chat(responder: Responder, turns: Sequence[Message], documents: bool, sampli
         raise ValueError("the message is empty; write something")
 
     def read(check: Check) -> Iterator[Said]:
-        found = answer(Interruptible(engine, check), responder.index, question, responder.limits.passages, sampling)
-        responder.meter.answered(found.prompt_tokens, found.completion_tokens)
-        yield Said(found.text, found.citations, found.found and not found.citations)
+        passages = responder.limits.passages
+        with closing(answering(Interruptible(engine, check), responder.index, question, passages, sampling)) as growing:
+            for found in growing:
+                complete = found.finish_reason is not None
+                if complete:
+                    responder.meter.answered(found.prompt_tokens, found.completion_tokens)
+                yield Said(found.text, found.citations, complete and found.found and not found.citations)
 
     def talk(check: Check) -> Iterator[Said]:
         text = ""

@@ -1,0 +1,53 @@
+"""A person's own documents in the index: nothing says what is right about them, so nothing is asked, and every page says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch import bundle
+from llm_from_scratch.data.documents import Document, with_splits, write_documents
+from llm_from_scratch.report import book, pages
+from stages import evaluate
+from tests import test_claims
+
+NOTES = [Document(f"notes/{number}.md", f"Note {number}", f"The key of room {number} hangs behind door {number}.") for number in range(20)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_documents_that_do_not_say_what_they_are_give_no_questions_held_out_or_not(share: float, tmp_path: Path) -> None:
+    """It used to end the whole run with an error, after everything else was done."""
+    with bundle.writing(tmp_path / "raw/text_folder") as folder:
+        write_documents(folder / "documents.jsonl", with_splits(NOTES, share))
+        bundle.seal(folder, "corpus", "download@text_folder")
+    params = test_claims.params()
+    params = params.model_copy(update={"index": params.index.model_copy(update={"documents": "text_folder"})})
+
+    assert evaluate.ask(params, tmp_path, "sft") == ({"rag": {}, "retrieval": {}}, []), "and neither model nor index had to be opened"
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["report.md.j2", "summary.md.j2", "retriever.md.j2", "readme_answers.md.j2", *(f"weeks/{week}.md.j2" for week in test_claims.WEEKS)],
+)
+def test_every_page_can_be_written_where_nothing_was_asked(page: str) -> None:
+    asked = test_claims.values()
+    unasked = asked | {"m": asked["m"] | {"rag": {}, "retrieval": {}}, "questions": []}
+
+    said = pages.render(page, unasked)
+
+    if page in {"report.md.j2", "readme_answers.md.j2", "weeks/week_11.md.j2"}:
+        assert "No questions were asked: no held-out document of the index says in a line what it is" in said
+    assert "question_answering.png" not in said, "a picture that nobody drew"
+
+
+def test_the_card_of_what_is_served_claims_no_answers_where_nothing_was_asked(tmp_path: Path) -> None:
+    asked = test_claims.values()
+    served = asked["m"]["served"]["model"]
+    told = {"model": served, "manifest": test_claims.told_by((test_claims.REPORTS / "cards" / f"{served}.md").read_text(encoding="utf-8"))}
+    claimed = []
+    for rag in (asked["m"]["rag"], {}):
+        book.write_card(tmp_path / "card.md", asked | {"m": asked["m"] | {"rag": rag}} | told)
+        claimed.append("with and without retrieval" in (tmp_path / "card.md").read_text(encoding="utf-8"))
+    assert claimed == [True, False]
