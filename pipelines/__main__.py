@@ -8,9 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+from stages.__main__ import quick_log
+
 
 def main() -> int:
     arguments = _parser().parse_args()
+    quick_log()
     try:
         return int(arguments.do(arguments) or 0)
     except (ValueError, OSError) as error:
