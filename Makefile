@@ -20,7 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test test-long lint types smoke serve mlflow prefect flow package lock clean
-.PHONY: notebooks audit packages workflows containers sbom
+.PHONY: certify drills notebooks audit packages workflows containers sbom
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,10 +49,16 @@ lock: ## resolve requirements.lock anew: pins alone, no host and no path of this
 
 repro: setup ## raw text to a served-ready model and a report; the second time, nothing
 	@mkdir -p var
-	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme'
+	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme && python -m stages digests'
 
 smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
 	python -m pipelines experiment smoke -- --temp
+
+certify: setup ## the toy graph twice from nothing, in two clones of HEAD: equal digests
+	python -m pipelines certify
+
+drills: setup ## break it on purpose, in every way we thought of: what is said, what is lost, how it goes on
+	python -m drills
 
 test: lint types ## lint, types and the whole test suite, the real graph at toy size in it
 	python -m pytest

@@ -1,5 +1,5 @@
 """What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`,
-`… screenshots`."""
+`… screenshots`, `… certify`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     screenshots.add_argument("--out", type=Path, default=Path("docs/screenshots"), help="their folder (default: docs/screenshots)")
     screenshots.add_argument("--url", default="", help="a server that runs already, such as http://127.0.0.1:3000 (default: serve one)")
     screenshots.set_defaults(do=_screenshots)
+
+    certify = commands.add_parser("certify", help="the graph under a profile, built twice in two clones of HEAD, with equal digests")
+    certify.add_argument("--profile", default="smoke", help="an overlay in profiles/ (default: smoke)")
+    certify.set_defaults(do=_certify)
     return parser
 
 
@@ -97,6 +101,12 @@ def _screenshots(arguments: argparse.Namespace) -> None:
 
     for path in screenshots(Path.cwd(), arguments.out, arguments.url):
         print(path)
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    from pipelines.certify import certify
+
+    return 0 if certify(Path.cwd(), arguments.profile) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
-Beside the graph: import and export of models, documents that join an index or leave it, and whence, which says where something comes from.
+Beside the graph: import and export of models, documents that join an index or leave it, whence, which says where something comes from, and
+digests, which says whether a rebuild is the same as the committed one.
 
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
-BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence"}
+BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence", "digests": "digests"}
 """Commands beside the graph, and the modules that have them."""
 EPILOG = (
-    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, and whence THING; "
+    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, whence THING, and digests; "
     "see their --help."
 )
 SHARED = ("train",)
