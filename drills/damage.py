@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -61,31 +62,38 @@ def damaged(ground: Ground, what: str) -> Outcome:
     folder, name, reader = DAMAGE[what]
     with ground.copy() as clone:
         flip(clone.root / "artifacts" / folder / name)
-        stage, _, entry = reader.partition("@")
-        status, said = clone.run("python", "-m", "stages", *filter(None, (stage, entry)))
-        assert status, f"{reader} took it"
-        line = line_with(said, "rebuild it with: ")
-        mend = tuple(line.split("rebuild it with: ")[1].split())
+        line, mend = refused(clone, reader)
         clone.must(*mend)
         return ground.outcome(clone, line, mend, folder)
 
 
 def damaged_cache(ground: Ground) -> Outcome:
-    """An object of DVC's cache rots, and is checked out."""
-    folder, name = "models/gpt", "model.safetensors"
+    """An object of DVC's cache rots, and is checked out. What reads the bundle refuses it; fsck takes the object out of the cache."""
+    folder, name, reader = DAMAGE["bundle"]
     with ground.copy(cached=True) as clone:
         path = clone.root / "artifacts" / folder / name
         flip(cached(clone, path))
         remove(path.parent)
-        clone.run("dvc", "checkout", str(path.parent.relative_to(clone.root)))
-        status, said = clone.repro("train@gpt")
-        return ground.outcome(clone, f"{status} {said}", repro("train@gpt"), folder)
+        clone.must("dvc", "checkout", str(path.parent.relative_to(clone.root)))
+        line, mend = refused(clone, reader)
+        clone.must("python", "-m", "pipelines", "fsck")
+        clone.must(*mend)
+        remove(path.parent)
+        clone.must("dvc", "checkout", str(path.parent.relative_to(clone.root)))
+        return ground.outcome(clone, line, ("python", "-m", "pipelines", "fsck", "&&", *mend), folder)
+
+
+def refused(clone: Clone, reader: str) -> tuple[str, tuple[str, ...]]:
+    """What the node `reader` says of a bundle that is damaged, and the command that it names."""
+    stage, _, entry = reader.partition("@")
+    status, said = clone.run("python", "-m", "stages", *filter(None, (stage, entry)))
+    assert status, f"{reader} took it"
+    line = line_with(said, "rebuild it with: ")
+    return line, tuple(line.split("rebuild it with: ")[1].split())
 
 
 def cached(clone: Clone, path: Path) -> Path:
     """The object of the cache that holds the bytes of a file."""
-    import hashlib
-
     digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     return clone.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
 

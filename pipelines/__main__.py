@@ -1,5 +1,5 @@
 """What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`,
-`… screenshots`, `… certify`."""
+`… screenshots`, `… certify`, `… fsck`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     certify = commands.add_parser("certify", help="the graph under a profile, built twice in two clones of HEAD, with equal digests")
     certify.add_argument("--profile", default="smoke", help="an overlay in profiles/ (default: smoke)")
     certify.set_defaults(do=_certify)
+
+    fsck = commands.add_parser("fsck", help="read every object of DVC's cache, and remove what is damaged")
+    fsck.set_defaults(do=_fsck)
     return parser
 
 
@@ -107,6 +110,13 @@ def _certify(arguments: argparse.Namespace) -> int:
     from pipelines.certify import certify
 
     return 0 if certify(Path.cwd(), arguments.profile) else 1
+
+
+def _fsck(_: argparse.Namespace) -> None:
+    from pipelines.fsck import fsck
+
+    for line in fsck():
+        print(line)
 
 
 if __name__ == "__main__":
