@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import requests
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from drills.ground import Ground, Outcome, line_with, repro
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 FIRST, NEXT = "train@bigram", "train@mlp"
 """The node whose log has to wait, and the one after it, with which it is delivered."""
@@ -86,6 +88,8 @@ def told(port: int) -> dict[str, str]:
 
 def delivered(port: int) -> str:
     """That the first node's run is in MLflow, whole. Raises RuntimeError where it is not."""
+    from mlflow import MlflowClient
+
     found = runs(port)
     if FIRST not in found or found[FIRST].info.status != "FINISHED":
         raise RuntimeError(f"{FIRST} did not reach MLflow; it has {', '.join(found) or 'nothing'}")
@@ -97,6 +101,8 @@ def delivered(port: int) -> str:
 
 
 def runs(port: int) -> dict[str, Run]:
+    from mlflow import MlflowClient
+
     client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return {str(run.info.run_name): run for run in client.search_runs(experiments)}
