@@ -222,6 +222,8 @@ class _Run:
     """One nested run, its metrics buffered. Whatever fails in MLflow is said once and does not stop the work."""
 
     def __init__(self) -> None:
+        import mlflow  # noqa: F401  # takes seconds, which are not to be counted as its server's
+
         self.complained = False
         self.pending: list[tuple[str, float, int, int]] = []
         self.tell = Patient(_record, *((inf, 0.0) if _connection.uri.startswith("sqlite:") else (GRACE, SHARE)))
