@@ -117,11 +117,11 @@ def test_what_a_store_missed_is_there_after_the_next_connection(tmp_path: Path) 
     """It used to be lost: a warning was all that remained of it."""
     broken, uri, waiting = f"sqlite:///{tmp_path}/broken.db", f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "spool"
     (tmp_path / "broken.db").write_bytes(b"this is no database" * 100)
-    tracking.connect(broken, "tuesday", "abc123", {"artifacts/tokens/x": "0123.dir"}, waiting)
+    tracking.connect(broken, "tuesday", "abc123", {"artifacts/tokens/x": "0123.dir"}, spool=waiting)
     with pytest.warns(UserWarning, match="the build goes on, and what it missed waits in .*spool") as heard:
         five_hundred_steps()
     assert len(heard) == 1, "once is enough"
-    tracking.connect(uri, "wednesday", "abc124", {}, waiting)
+    tracking.connect(uri, "wednesday", "abc124", {}, spool=waiting)
     tracking.catch_up()
     tracking.connect("", "", "", {})
 
