@@ -19,11 +19,10 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long lint types smoke serve reload mlflow prefect flow package lock clean
-.PHONY: notebooks audit packages workflows containers sbom
+.PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: .venv/.installed ## a virtual environment with the locked packages
 
@@ -49,10 +48,16 @@ lock: ## resolve requirements.lock anew: pins alone, no host and no path of this
 
 repro: setup ## raw text to a served-ready model and a report; the second time, nothing
 	@mkdir -p var
-	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme'
+	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme && python -m stages digests'
 
 smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
 	python -m pipelines experiment smoke -- --temp
+
+certify: setup ## the toy graph twice from nothing, in two clones of HEAD: equal digests
+	python -m pipelines certify
+
+drills: setup ## break it on purpose, in every way we thought of: what is said, what is lost, how it goes on
+	python -m drills
 
 # A process a core, each with whole files of tests in the order that tests/conftest.py puts them in.
 SHARE = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

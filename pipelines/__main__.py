@@ -1,5 +1,4 @@
-"""What happens around `dvc repro`: `python -m pipelines rebuild`, `… experiment smoke`, `… promote`, `… package`, `… serve`,
-`… reload`, `… screenshots`."""
+"""What happens around `dvc repro`, each a command: `python -m pipelines --help` lists them."""
 
 from __future__ import annotations
 
@@ -8,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+from stages.__main__ import quick_log
+
 
 def main() -> int:
     arguments = _parser().parse_args()
+    quick_log()
     try:
         return int(arguments.do(arguments) or 0)
     except (ValueError, OSError) as error:
@@ -56,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     screenshots.add_argument("--out", type=Path, default=Path("docs/screenshots"), help="their folder (default: docs/screenshots)")
     screenshots.add_argument("--url", default="", help="a server that runs already, such as http://127.0.0.1:3000 (default: serve one)")
     screenshots.set_defaults(do=_screenshots)
+
+    certify = commands.add_parser("certify", help="the graph under a profile, built twice in two clones of HEAD, with equal digests")
+    certify.add_argument("--profile", default="smoke", help="an overlay in profiles/ (default: smoke)")
+    certify.set_defaults(do=_certify)
+
+    fsck = commands.add_parser("fsck", help="read every object of DVC's cache, and remove what is damaged")
+    fsck.set_defaults(do=_fsck)
     return parser
 
 
@@ -105,6 +114,19 @@ def _screenshots(arguments: argparse.Namespace) -> None:
 
     for path in screenshots(Path.cwd(), arguments.out, arguments.url):
         print(path)
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    from pipelines.certify import certify
+
+    return 0 if certify(Path.cwd(), arguments.profile) else 1
+
+
+def _fsck(_: argparse.Namespace) -> None:
+    from pipelines.fsck import fsck
+
+    for line in fsck():
+        print(line)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def promote(root: Path) -> list[str]:
         return ["no MLFLOW_TRACKING_URI: nothing registered"]
     if not (root / VERDICT).exists():
         raise ValueError(f"no {VERDICT}; dvc repro evaluate writes it")
-    tracking.connect(uri, os.environ.get("REBUILD_ID", "by-hand"), git_revision(root), digests={})
+    tracking.connect(uri, os.environ.get("REBUILD_ID", "by-hand"), git_revision(root), digests={}, spool=root / "var/spool")
+    tracking.catch_up()
     return _apply(root, json.loads((root / VERDICT).read_text(encoding="utf-8")))
 
 

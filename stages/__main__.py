@@ -1,6 +1,7 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
-Beside the graph: import and export of models, documents that join an index or leave it, and whence, which says where something comes from.
+Beside the graph: import and export of models, documents that join an index or leave it, whence, which says where something comes from, and
+digests, which says whether a rebuild is the same as the committed one.
 
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
 
@@ -16,6 +17,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
     from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
-BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence"}
+BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence", "digests": "digests"}
 """Commands beside the graph, and the modules that have them."""
 EPILOG = (
-    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, and whence THING; "
+    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, whence THING, and digests; "
     "see their --help."
 )
 SHARED = ("train",)
@@ -36,6 +38,8 @@ SHARED = ("train",)
 
 def main() -> int:
     quiet_threads()
+    quick_log()
+    plain_warnings()
     if sys.argv[1:2] and sys.argv[1] in BESIDE:
         return ended(" ".join(sys.argv[1:3]), lambda: beside(*sys.argv[1:]))
     parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage of dvc.yaml.", epilog=EPILOG)
@@ -80,6 +84,22 @@ def quiet_threads() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def quick_log() -> None:
+    """MLflow's own patience with its server is two minutes a request and seven tries; a build has better things to wait for."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+def plain_warnings() -> None:
+    """Those of this project are a line for a person, without the place in the code that they come from."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        return f"{message}\n" if "llm_from_scratch" in filename else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+
+
 def run(stage: str, name: str, params_file: Path) -> None:
     from importlib import import_module
 
@@ -100,6 +120,7 @@ def run(stage: str, name: str, params_file: Path) -> None:
         rebuild=os.environ.get("REBUILD_ID", "by-hand"),
         revision=git_revision(root),
         digests=dvc_digests(root),
+        spool=root / "var/spool",
     )
     import_module(f"stages.{stage}").run(params, name, root, **shared)
 

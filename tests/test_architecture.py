@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "src" / "llm_from_scratch"
 ROWS = (
-    {"section", "progress"},
+    {"section", "progress", "spool"},
     {"bundle"},
     {"data", "tokenizer", "model"},
     {"training", "inference"},

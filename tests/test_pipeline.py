@@ -224,6 +224,21 @@ def test_a_damaged_output_is_refused_by_name_and_mended_by_the_command_it_names(
     bundle.verify(built / "artifacts" / folder)
 
 
+@pytest.mark.parametrize(
+    "drills",
+    [("read-only", "two rebuilds"), pytest.param((), marks=pytest.mark.long)],
+    ids=["two of them", "all"],
+)
+def test_drills_lose_nothing(built: Path, tmp_path: Path, drills: tuple[str, ...]) -> None:
+    only = ["--only", *drills] if drills else []
+    run(built, sys.executable, "-m", "drills", "--built", str(built), "--out", str(tmp_path), *only)
+    rows = json.loads((tmp_path / "drills.json").read_text())["rows"]
+    assert len(rows) >= len(drills)
+    assert {row["what is lost"] for row in rows if not row["what you see"].startswith("not held")} <= {
+        f"nothing: {count} of {count} digests equal" for count in range(1, 5)
+    }
+
+
 def test_the_readme_is_filled_from_the_run(built: Path) -> None:
     run(built, sys.executable, "-m", "stages", "readme")
     metrics = json.loads((built / "reports" / "metrics.json").read_text())

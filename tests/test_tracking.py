@@ -111,3 +111,49 @@ def test_a_store_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path) -
     with pytest.warns(UserWarning, match="the build goes on"), tracking.stage_run("train", "gpt", {}) as log:
         log(0, {"val_bpb": 1.0})
     tracking.connect("", "", "", {})
+
+
+def test_what_a_store_missed_is_there_after_the_next_connection(tmp_path: Path) -> None:
+    """It used to be lost: a warning was all that remained of it."""
+    broken, uri, waiting = f"sqlite:///{tmp_path}/broken.db", f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "spool"
+    (tmp_path / "broken.db").write_bytes(b"this is no database" * 100)
+    tracking.connect(broken, "tuesday", "abc123", {"artifacts/tokens/x": "0123.dir"}, spool=waiting)
+    with pytest.warns(UserWarning, match="the build goes on, and what it missed waits in .*spool") as heard:
+        five_hundred_steps()
+    assert len(heard) == 1, "once is enough"
+    tracking.connect(uri, "wednesday", "abc124", {}, spool=waiting)
+    tracking.catch_up()
+    tracking.connect("", "", "", {})
+
+    store = MlflowClient(tracking_uri=uri)
+    (experiment,) = [found for found in store.search_experiments() if found.name == tracking.EXPERIMENT]
+    runs = {run.info.run_name: run for run in store.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"rebuild tuesday", "train@gpt"}
+    late = runs["train@gpt"]
+    assert (late.info.status, late.data.params, late.data.tags["revision"]) == ("FINISHED", {"steps": "3"}, "abc123")
+    assert late.inputs.dataset_inputs[0].dataset.digest == "0123"
+    points = store.get_metric_history(late.info.run_id, "val_bpb")
+    assert [point.step for point in points] == list(range(500))
+    assert late.info.start_time <= points[0].timestamp <= points[-1].timestamp <= late.info.end_time
+    assert not list(waiting.iterdir())
+
+
+def five_hundred_steps() -> None:
+    with tracking.stage_run("train", "gpt", {"steps": 3}, ["artifacts/tokens/x"]) as log:
+        for step in range(500):
+            log(step, {"val_bpb": 3.0 - step / 500})
+
+
+def test_records_that_are_told_twice_are_there_once(store: MlflowClient) -> None:
+    with tracking.stage_run("train", "gpt", {"steps": 3}) as log:
+        log(1, {"val_bpb": 3.0})
+    (experiment,) = [found for found in store.search_experiments() if found.name == tracking.EXPERIMENT]
+    (run,) = [found for found in store.search_runs([experiment.experiment_id]) if found.info.run_name == "train@gpt"]
+    (point,) = store.get_metric_history(run.info.run_id, "val_bpb")
+    begin = {"kind": "begin", "at": 1, "title": "train@gpt", "tags": {"rebuild": "tuesday", "revision": ""}, "params": {"steps": "3"}}
+    for record in (begin | {"inputs": {"x": "01"}}, {"kind": "metrics", "points": [["val_bpb", 3.0, point.timestamp, 1]]}):
+        for _ in range(2):
+            tracking._record(run.data.tags["key"], record)
+    assert len(store.search_runs([experiment.experiment_id])) == 2
+    assert len(store.get_metric_history(run.info.run_id, "val_bpb")) == 1
+    assert len(store.get_run(run.info.run_id).inputs.dataset_inputs) == 1

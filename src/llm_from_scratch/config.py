@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from llm_from_scratch.data.corpora import DownloadParams, Source
 from llm_from_scratch.evaluation import EvaluateParams
+from llm_from_scratch.evaluation.certificate import CertifyParams
 from llm_from_scratch.finetune import FinetuneParams
 from llm_from_scratch.inference.quantize import QuantizeParams
 from llm_from_scratch.retrieval.index import IndexParams
@@ -49,6 +50,7 @@ class Params(Section):
     index: IndexParams
     evaluate: EvaluateParams
     serve: ServeParams
+    certify: CertifyParams
 
     @model_validator(mode="after")
     def names_lead_somewhere(self) -> Params:

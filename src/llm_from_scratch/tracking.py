@@ -1,7 +1,8 @@
 """What happened, in MLflow: one experiment, a parent run a rebuild, a nested run a stage, and a registry of finished models.
 
 The only module that imports mlflow. It points at artifacts by digest and never stores a second copy of weights. With no tracking URI
-every function here is silent, and where MLflow fails in mid-run the build goes on and says so once.
+every function here is silent. Where MLflow fails or is slow in mid-run, the build goes on and says so once; what MLflow did not take waits
+in the spool and is delivered at the next connection.
 """
 
 from __future__ import annotations
@@ -12,38 +13,46 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from llm_from_scratch import spool
+from llm_from_scratch.spool import Patient, Record, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "llm-from-scratch"
 CHAMPION = "champion"
 BATCH = 200  # metrics written at once: one call to sqlite costs some 40 ms however many it carries
+GRACE = 10.0  # seconds that a server may keep a stage in all, and the share of a long stage's time that it may besides
+SHARE = 0.02
 
 Log = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output."""
+    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output; the folder where
+    what the store does not take waits (none: it is lost)."""
 
     uri: str = ""
     rebuild: str = ""
     revision: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
+    spool: Path | None = None
 
 
 _connection = Connection()
 
 
-def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str]) -> None:
+def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str], spool: Path | None = None) -> None:
     """Say once, at the start of a process, where runs go. A sqlite file's folder is made."""
     global _connection
-    _connection = Connection(uri, rebuild, revision, digests)
+    _connection = Connection(uri, rebuild, revision, digests, spool)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
 
@@ -68,12 +77,19 @@ def stage_run(stage: str, name: str, params: Mapping[str, Any], reads: Sequence[
     run.end("FINISHED")
 
 
+def catch_up() -> None:
+    """Deliver all that waits in the spool, however long it takes. Raises ValueError where the store cannot be reached."""
+    if _connection.uri and _connection.spool:
+        with _registry():
+            spool.deliver(_connection.spool, _record)
+
+
 def log_files(stage: str, files: Sequence[Path]) -> None:
     """Attach small files (a report, its figures) to this rebuild's parent run; a rebuild that had nothing to do has none."""
 
     def attach() -> None:
         client = _client()
-        if parent := _known_parent(client):
+        if parent := _known_parent(client, _connection.rebuild):
             for path in files:
                 client.log_artifact(parent, str(path), stage)
 
@@ -120,7 +136,11 @@ def register(candidate: Candidate) -> str:
         **candidate.facts,
     }
     made = client.create_model_version(
-        candidate.name, source=candidate.folder.resolve().as_uri(), run_id=_parent(client), tags=tags, description=candidate.card
+        candidate.name,
+        source=candidate.folder.resolve().as_uri(),
+        run_id=_parent(client, _connection.rebuild, _connection.revision),
+        tags=tags,
+        description=candidate.card,
     )
     return str(made.version)
 
@@ -175,7 +195,7 @@ def remembered(made_by: str, digest: str, inputs: Mapping[str, str], params: Map
     known: dict[str, Any] = {}
     if versions:
         known["registered"] = [f"{found.name} version {found.version}{_during(found.tags)}" for found in versions]
-    now = {param.key: param.value for param in _flat_params(params)}
+    now = _flat(params)
     for run in runs:
         read = {given.dataset.name: given.dataset.digest for given in run.inputs.dataset_inputs}
         same_inputs = all(f"{read[name]}.dir" == found for name, found in inputs.items() if name in read)
@@ -202,36 +222,83 @@ class _Run:
     """One nested run, its metrics buffered. Whatever fails in MLflow is said once and does not stop the work."""
 
     def __init__(self) -> None:
-        self.id = ""
-        self.pending: list[Metric] = []
+        import mlflow  # noqa: F401  # takes seconds, which are not to be counted as its server's
+
+        self.complained = False
+        self.pending: list[tuple[str, float, int, int]] = []
+        self.tell = Patient(_record, *((inf, 0.0) if _connection.uri.startswith("sqlite:") else (GRACE, SHARE)))
+        self.spool = Spool(_connection.spool, uuid4().hex, self.tell, self.complain)
 
     def start(self, title: str, stage: str, params: Mapping[str, Any], reads: Sequence[str]) -> None:
-        def begin() -> None:
-            client = _client()
-            tags = {"mlflow.parentRunId": _parent(client), "stage": stage, "rebuild": _connection.rebuild, "revision": _connection.revision}
-            self.id = client.create_run(_experiment(client), run_name=title, tags=tags).info.run_id
-            client.log_batch(self.id, params=_flat_params(params))
-            _log_inputs(client, self.id, reads)
-
-        _attempt(begin)
+        try:
+            if _connection.spool:
+                spool.deliver(_connection.spool, self.tell)
+        except Exception as error:  # as in Spool: what others left may wait on
+            self.complain(error)
+        tags = {"stage": stage, "rebuild": _connection.rebuild, "revision": _connection.revision}
+        inputs = {path: _connection.digests[path].removesuffix(".dir") for path in reads if path in _connection.digests}
+        self.put("begin", title=title, tags=tags, params=_flat(params), inputs=inputs)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self.id:
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            self.pending += [Metric(key, float(value), now, step) for key, value in metrics.items()]
-            if len(self.pending) >= BATCH:
-                self.flush()
+        now = _now()
+        self.pending += [(key, float(value), now, step) for key, value in metrics.items()]
+        if len(self.pending) >= BATCH:
+            self.flush()
 
     def flush(self) -> None:
-        batch, self.pending = self.pending, []
-        _attempt(lambda: _client().log_batch(self.id, metrics=batch))
+        if self.pending:
+            self.put("metrics", points=self.pending)
+            self.pending = []
 
     def end(self, status: str) -> None:
-        if self.id:
-            self.flush()
-            _attempt(lambda: _end(_client(), self.id, status))
+        self.flush()
+        self.put("end", status=status, rebuild=_connection.rebuild, revision=_connection.revision)
+        self.spool.close()
+
+    def put(self, kind: str, **fields: Any) -> None:
+        self.spool.put({"kind": kind, "at": _now(), **fields})
+
+    def complain(self, error: Exception) -> None:
+        if not self.complained:
+            self.complained = True
+            then = f"what it missed waits in {_connection.spool} for the next one" if _connection.spool else "what it missed is lost"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            warnings.warn(f"MLflow did not take this ({why}); the build goes on, and {then}", stacklevel=2)
+
+
+def _record(key: str, record: Record) -> None:
+    """Tell MLflow one record of the run that bears `key`. Told twice, it is there once."""
+    from mlflow.entities import Metric, Param
+
+    client = _client()
+    if record["kind"] == "begin":
+        run = _run(client, key) or _begin(client, key, record)
+        client.log_batch(run, params=[Param(name, value) for name, value in record["params"].items()])
+        _log_inputs(client, run, record["inputs"])
+        return
+    if not (run := _run(client, key)):
+        raise ValueError(f"the store has no run {key} any more")
+    if record["kind"] == "metrics":
+        client.log_batch(run, metrics=[Metric(*point) for point in record["points"]])
+    else:  # the rebuild ends with its last stage, and as that one did
+        for ended in (run, _parent(client, record["rebuild"], record["revision"])):
+            client.set_terminated(ended, record["status"], record["at"])
+
+
+def _begin(client: MlflowClient, key: str, record: Record) -> str:
+    parent = _parent(client, record["tags"]["rebuild"], record["tags"]["revision"])
+    tags = {**record["tags"], "mlflow.parentRunId": parent, "key": key}
+    return str(client.create_run(_experiment(client), record["at"], tags, run_name=record["title"]).info.run_id)
+
+
+def _run(client: MlflowClient, key: str) -> str:
+    """The id of the run that bears `key`, "" where none does."""
+    found = client.search_runs([_experiment(client)], f"tags.key = '{key}'", max_results=1)
+    return str(found[0].info.run_id) if found else ""
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _attempt(action: Callable[[], object]) -> None:
@@ -239,12 +306,6 @@ def _attempt(action: Callable[[], object]) -> None:
         action()
     except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the build may not
         warnings.warn(f"MLflow did not take this ({type(error).__name__}: {str(error)[:200]}); the build goes on", stacklevel=2)
-
-
-def _end(client: MlflowClient, run: str, status: str) -> None:
-    """The rebuild ends with its last stage, and as that one did."""
-    for ended in (run, _parent(client)):
-        client.set_terminated(ended, status)
 
 
 def _client() -> MlflowClient:
@@ -262,44 +323,38 @@ def _experiment(client: MlflowClient) -> str:
     return str(client.create_experiment(EXPERIMENT, artifact_location=place))
 
 
-def _parent(client: MlflowClient) -> str:
-    """The run that stands for this rebuild, made by whichever stage comes first."""
-    if known := _known_parent(client):
+def _parent(client: MlflowClient, rebuild: str, revision: str) -> str:
+    """The run that stands for a rebuild, made by whichever stage comes first."""
+    if known := _known_parent(client, rebuild):
         return known
-    experiment = _experiment(client)
-    tags = {"level": "rebuild", "rebuild": _connection.rebuild, "revision": _connection.revision}
-    return str(client.create_run(experiment, run_name=f"rebuild {_connection.rebuild}", tags=tags).info.run_id)
+    tags = {"level": "rebuild", "rebuild": rebuild, "revision": revision}
+    return str(client.create_run(_experiment(client), run_name=f"rebuild {rebuild}", tags=tags).info.run_id)
 
 
-def _known_parent(client: MlflowClient) -> str:
-    """The run that stands for this rebuild, "" where no stage has run in it."""
-    of_this = f"tags.rebuild = '{_connection.rebuild}' and tags.level = 'rebuild'"
+def _known_parent(client: MlflowClient, rebuild: str) -> str:
+    """The run that stands for a rebuild, "" where no stage has run in it."""
+    of_this = f"tags.rebuild = '{rebuild}' and tags.level = 'rebuild'"
     found = client.search_runs([_experiment(client)], of_this, max_results=1)
     return str(found[0].info.run_id) if found else ""
 
 
-def _flat_params(params: Mapping[str, Any], prefix: str = "") -> list[Any]:
-    from mlflow.entities import Param
-
-    flat: list[Any] = []
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Params by path, as MLflow takes them: no value is longer than 500 characters."""
+    flat: dict[str, str] = {}
     for key, value in params.items():
-        flat += _flat_params(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [Param(prefix + key, str(value)[:500])]
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)[:500]}
     return flat
 
 
-def _log_inputs(client: MlflowClient, run: str, reads: Sequence[str]) -> None:
+def _log_inputs(client: MlflowClient, run: str, digests: Mapping[str, str]) -> None:
     """Each output that the stage reads, as a dataset whose digest is DVC's."""
     import json
 
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = [
-        DatasetInput(
-            Dataset(path, _connection.digests[path].removesuffix(".dir"), "local", json.dumps({"uri": path})),
-            [InputTag("mlflow.data.context", "input")],
-        )
-        for path in reads
-        if path in _connection.digests
+        DatasetInput(Dataset(path, digest, "local", json.dumps({"uri": path})), [InputTag("mlflow.data.context", "input")])
+        for path, digest in digests.items()
     ]
     if inputs:
         client.log_inputs(run, inputs)

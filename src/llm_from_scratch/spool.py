@@ -1,0 +1,138 @@
+"""What a log could not deliver waits on disk, a file a run, and is delivered when the store takes it again.
+
+Nothing here knows the store: `tell` takes a run's key and one record, a JSON mapping, and raises where the record is not taken. A file that
+was told in part is told again from its start by the next process, so telling a record twice must be as telling it once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+Record = dict[str, Any]
+Tell = Callable[[str, Record], None]
+SUFFIX = ".jsonl"
+
+
+@dataclass
+class Patient:
+    """A `tell` that asks no more of a store which has kept this process for `grace` seconds and a `share` of the time that went by."""
+
+    tell: Tell
+    grace: float
+    share: float
+    spent: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    def __call__(self, key: str, record: Record) -> None:
+        if self.spent > self.grace + self.share * (time.monotonic() - self.since):
+            raise TimeoutError(f"it has kept this process for {self.spent:.0f} s")
+        started = time.monotonic()
+        try:
+            self.tell(key, record)
+        finally:
+            self.spent += time.monotonic() - started
+
+
+class Spool:
+    """The records of one run, told as they come. From the first that is not taken on, they wait in `folder`, in their order; without a
+    folder they are dropped. `complain` hears of each that was not taken."""
+
+    def __init__(self, folder: Path | None, key: str, tell: Tell, complain: Callable[[Exception], None]) -> None:
+        self.folder, self.key, self.tell, self.complain = folder, key, tell, complain
+        self.opening: Record | None = None
+        self.waiting: Waiting | None = None
+
+    def put(self, record: Record) -> None:
+        """Tell a record, or keep it. A kept file begins with the run's first record, told or not: another store may get it."""
+        opening, self.opening = self.opening, self.opening or record
+        if self.waiting is None:
+            if self._tried(lambda: self.tell(self.key, record)) or self.folder is None:
+                return
+            self.waiting = Waiting.made(self.folder / f"{self.key}{SUFFIX}", [*([opening] if opening else []), record])
+        else:
+            self.waiting.append(record)
+            self._catch_up(self.waiting)
+
+    def close(self) -> None:
+        if self.waiting is not None:
+            self._catch_up(self.waiting)
+        if self.waiting is not None:
+            self.waiting.file.close()
+
+    def _catch_up(self, waiting: Waiting) -> None:
+        if self._tried(lambda: waiting.deliver(self.tell)):
+            self.waiting = None
+
+    def _tried(self, action: Callable[[], None]) -> bool:
+        try:
+            action()
+        except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the work may not
+            self.complain(error)
+            return False
+        return True
+
+
+def deliver(folder: Path, tell: Tell) -> None:
+    """Tell what earlier processes left in `folder`, the oldest first; what lives still is let alone. Raises what `tell` does."""
+    for path in sorted(folder.glob(f"*{SUFFIX}"), key=os.path.getmtime):
+        if waiting := Waiting.left(path):
+            try:
+                waiting.deliver(tell)
+            finally:
+                waiting.file.close()
+
+
+@dataclass
+class Waiting:
+    """A file of records, locked while its process lives; those before the byte `at` are told."""
+
+    path: Path
+    file: IO[bytes]
+    at: int = 0
+
+    @classmethod
+    def made(cls, path: Path, records: list[Record]) -> Waiting:
+        """Locked and filled before it has its name: nobody takes it for one that was left."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_name(f".{path.name}")
+        waiting = cls(path, hidden.open("w+b"))
+        fcntl.flock(waiting.file, fcntl.LOCK_EX)
+        for record in records:
+            waiting.append(record)
+        os.replace(hidden, path)
+        return waiting
+
+    @classmethod
+    def left(cls, path: Path) -> Waiting | None:
+        """The file of a process that is gone; none where it lives, or where another has delivered it meanwhile."""
+        try:
+            file = path.open("r+b")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            file.close()
+            return None
+        return cls(path, file)
+
+    def append(self, record: Record) -> None:
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+
+    def deliver(self, tell: Tell) -> None:
+        """Tell from `at` on, and remove the file. A last line that a kill cut short is no record. Raises what `tell` does."""
+        self.file.seek(self.at)
+        for line in self.file:
+            if line.endswith(b"\n"):
+                tell(self.path.name.removesuffix(SUFFIX), json.loads(line))
+            self.at += len(line)
+        self.path.unlink(missing_ok=True)
+        self.file.close()

@@ -1,0 +1,94 @@
+"""A rebuild held against a committed one: equal to the bit, or as good on another machine, or neither, and said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch import bundle
+from llm_from_scratch.evaluation.certificate import Rebuild, compare
+
+ROOT = Path(__file__).parent.parent
+HERE = {"cpu": "GenuineIntel 6 207", "kernels": "AVX512", "threads": "2", "torch": "2.13.0"}
+THERE = HERE | {"cpu": "AuthenticAMD 25 1", "kernels": "AVX2"}
+
+
+def rebuild(made_on: dict[str, str], base: str, bits: float) -> Rebuild:
+    return Rebuild(made_on=made_on, digests={"raw/text": "11", "models/base": base}, val_bpb={"base": bits})
+
+
+def test_an_equal_rebuild_is_said_to_be_one() -> None:
+    found = compare(rebuild(HERE, "22", 1.9), rebuild(HERE, "22", 1.9), 0.02)
+    assert found.holds
+    assert found.line() == "2 of 2 digests equal the committed ones (same CPU family)"
+
+
+def test_on_another_cpu_a_model_may_differ_in_bits_but_not_in_how_well_it_predicts() -> None:
+    found = compare(rebuild(HERE, "33", 1.91), rebuild(THERE, "22", 1.9), 0.02)
+    assert found.holds
+    assert found.line() == (
+        "1 of 2 digests equal the committed ones (cpu GenuineIntel 6 207 here, AuthenticAMD 25 1 there, kernels AVX512 here, AVX2 there); "
+        "the first that differs is models/base; bits per byte differ by at most 0.01000 (base), within 0.02"
+    )
+    worse = compare(rebuild(HERE, "33", 1.95), rebuild(THERE, "22", 1.9), 0.02)
+    assert not worse.holds
+    assert worse.line().endswith("by at most 0.05000 (base), beyond 0.02")
+
+
+def test_on_the_same_cpu_one_bit_is_a_difference() -> None:
+    assert not compare(rebuild(HERE, "33", 1.9), rebuild(HERE, "22", 1.9), 0.02).holds
+
+
+def test_a_bundle_that_is_not_there_is_named() -> None:
+    partial = Rebuild(made_on=HERE, digests={"raw/text": "11"}, val_bpb={})
+    found = compare(partial, rebuild(HERE, "22", 1.9), 0.02)
+    assert not found.holds
+    assert "1 not here, such as models/base" in found.line()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Two real bundles, the numbers of a report, and a git repository around them."""
+    for name, text in (("raw/text", "a corpus"), ("models/base", "its weights")):
+        with bundle.writing(tmp_path / "artifacts" / name) as folder:
+            (folder / "content.txt").write_text(text)
+            bundle.seal(folder, "corpus", "download@text")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/metrics.json").write_text(json.dumps({"ladder": {"base": {"val_bpb": 1.9}}}))
+    git(tmp_path, "init", "--quiet")
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def digests(project: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+    command = [sys.executable, "-m", "stages", "digests", *more]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_first_rebuild_is_written_down_and_the_next_is_compared_with_it(project: Path) -> None:
+    assert "2 digests in reports/digests.json; commit it" in digests(project).stdout
+    written = json.loads((project / "reports/digests.json").read_text())
+    assert written["digests"]["models/base"] == bundle.read_manifest(project / "artifacts/models/base").digest
+    assert written["val_bpb"] == {"base": 1.9}
+    git(project, "add", "reports")
+    git(project, "commit", "--quiet", "--message", "rebuilt")
+
+    with bundle.writing(project / "artifacts/models/base") as folder:
+        (folder / "content.txt").write_text("other weights")
+        bundle.seal(folder, "corpus", "download@text")
+    again = digests(project, "--strict")
+    assert again.stdout.startswith("1 of 2 digests equal the committed ones (same CPU family); the first that differs is models/base")
+    assert again.returncode == 1
+    assert again.stderr == "digests --strict: 1 digests differ and 0 bundles are not here; see git diff reports/digests.json\n"

@@ -1,0 +1,84 @@
+"""The drills themselves: a loss is not overlooked, a row that was not held again stays; and what mends DVC's cache.
+
+Two of the drills are held in test_pipeline, where the toy graph is built anyway; make drills holds all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from drills import __main__ as drills
+from drills.ground import Clone, Ground, Outcome, Unfit
+from pipelines import dvc, fsck
+
+
+def held(monkeypatch: pytest.MonkeyPatch, drill: object) -> dict[str, object]:
+    monkeypatch.setitem(drills.DRILLS, "clock jump", drill)  # type: ignore[arg-type]
+    return drills.held("clock jump", Ground(Clone(Path(), {})))
+
+
+def test_a_drill_that_loses_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not held(monkeypatch, lambda ground: Outcome("a line", "dvc repro", 2, 2))["failed"]
+    row = held(monkeypatch, lambda ground: Outcome("a line", "dvc repro", 1, 2))
+    assert row["failed"]
+    assert row["what is lost"] == "1 of 2 digests differ"
+
+
+def test_a_drill_that_cannot_be_held_says_why_and_one_that_breaks_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfit(ground: Ground) -> Outcome:
+        raise Unfit("needs root")
+
+    def broken(ground: Ground) -> Outcome:
+        raise RuntimeError("train@base ended with 1")
+
+    row = held(monkeypatch, unfit)
+    assert (row["failed"], row["what you see"]) == (False, "not held: needs root")
+    row = held(monkeypatch, broken)
+    assert (row["failed"], row["what you see"]) == (True, "FAILED: train@base ended with 1")
+
+
+def test_rows_of_other_drills_stay_in_the_table_in_its_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [
+        {
+            "drill": name,
+            "what you see": line,
+            "what is lost": "nothing",
+            "how it goes on": "dvc repro",
+            "besides": "",
+            "seconds": 1,
+            "failed": False,
+        }
+        for name, line in (("no network", "a | b"), ("read-only folder", "first"))
+    ]
+    drills.write(tmp_path, rows)
+    drills.write(tmp_path, [rows[1] | {"what you see": "second"}])
+    kept = json.loads((tmp_path / "drills.json").read_text())["rows"]
+    assert [(row["drill"], row["what you see"]) for row in kept] == [("read-only folder", "second"), ("no network", "a | b")]
+    assert "`a ¦ b`" in (tmp_path / "drills.md").read_text()
+
+
+@pytest.mark.slow
+def test_fsck_removes_what_rotted_in_dvcs_cache_which_dvc_itself_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("whole")
+    for command in (("init", "--no-scm", "--quiet"), ("add", "--quiet", "data")):
+        subprocess.run(dvc.command(*command), env=dvc.environment(), check=True)
+    (cached,) = (tmp_path / ".dvc/cache/files/md5").glob("??/*")
+    assert fsck.fsck() == ["every object is what its name says"]
+
+    cached.chmod(0o644)
+    cached.write_text("whale")
+    cached.chmod(0o444)
+    (tmp_path / "data").unlink()
+    subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], check=True)
+    assert (tmp_path / "data").read_text() == "whale", "the reason for fsck"
+    first, last = fsck.fsck()
+    assert cached.parent.name in first
+    assert first.endswith("its bytes were others; removed")
+    assert "makes it anew" in last
+    assert not cached.exists()
