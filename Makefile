@@ -19,7 +19,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-long lint types smoke serve mlflow prefect flow package lock clean
+.PHONY: help setup repro test test-long lint types smoke sweep serve mlflow prefect flow package lock clean
 .PHONY: notebooks audit packages workflows containers sbom
 
 help: ## this list
@@ -53,6 +53,9 @@ repro: setup ## raw text to a served-ready model and a report; the second time, 
 
 smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
 	python -m pipelines experiment smoke -- --temp
+
+sweep: setup ## every combination in profiles/grids/base.yaml, as DVC experiments and as runs of MLflow beside each other
+	python -m pipelines sweep
 
 test: lint types ## lint, types and the whole test suite, the real graph at toy size in it
 	python -m pytest

@@ -100,6 +100,7 @@ def run(stage: str, name: str, params_file: Path) -> None:
         rebuild=os.environ.get("REBUILD_ID", "by-hand"),
         revision=git_revision(root),
         digests=dvc_digests(root),
+        experiment=os.environ.get("DVC_EXP_NAME", ""),
     )
     import_module(f"stages.{stage}").run(params, name, root, **shared)
 

@@ -1,4 +1,4 @@
-"""What happened, in MLflow: one experiment, a parent run a rebuild, a nested run a stage, and a registry of finished models.
+"""What happened, in MLflow: one experiment, a parent run a rebuild, a nested run a stage. `registry` keeps the versions there.
 
 The only module that imports mlflow. It points at artifacts by digest and never stores a second copy of weights. With no tracking URI
 every function here is silent, and where MLflow fails in mid-run the build goes on and says so once.
@@ -11,9 +11,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llm_from_scratch.hardware import Readings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "llm-from-scratch"
-CHAMPION = "champion"
 BATCH = 200  # metrics written at once: one call to sqlite costs some 40 ms however many it carries
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -29,21 +31,29 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Connection:
-    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output."""
+    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output.
+
+    `experiment` is DVC's name of the experiment that this is a part of, "" outside of one.
+    """
 
     uri: str = ""
     rebuild: str = ""
     revision: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
+    experiment: str = ""
+
+    def tags(self) -> dict[str, str]:
+        named = {"experiment": self.experiment} if self.experiment else {}
+        return {"rebuild": self.rebuild, "revision": self.revision} | named
 
 
 _connection = Connection()
 
 
-def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str]) -> None:
+def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str], experiment: str = "") -> None:
     """Say once, at the start of a process, where runs go. A sqlite file's folder is made."""
     global _connection
-    _connection = Connection(uri, rebuild, revision, digests)
+    _connection = Connection(uri, rebuild, revision, digests, experiment)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
 
@@ -81,82 +91,98 @@ def log_files(stage: str, files: Sequence[Path]) -> None:
         _attempt(attach)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A finished bundle to be a version of a registered model: its card, digest, and the numbers a rule may read."""
-
-    name: str
-    folder: Path
-    digest: str
-    card: str
-    metrics: Mapping[str, float]
-    facts: Mapping[str, str]
-
-
 @contextmanager
-def _registry() -> Iterator[None]:
-    """What the store raises as one line: unlike a log, a registry that fails is a failure."""
+def answering() -> Iterator[MlflowClient]:
+    """The store, for work that cannot do without it: what it raises becomes one line. Unlike a log, a registry that fails is a failure."""
     try:
-        yield
+        yield _client()
     except ValueError:
         raise
     except Exception as error:  # sqlite's, HTTP's or MLflow's own
         raise ValueError(f"MLflow at {_connection.uri}: {' '.join(str(error).split())[:200]}") from None
 
 
-@_registry()
-def register(candidate: Candidate) -> str:
-    """The version number of `candidate`, made if no version has its digest yet; the card becomes its description."""
-    client = _client()
-    _ensure_model(client, candidate)
-    for version in client.search_model_versions(f"name = '{candidate.name}'"):
-        if version.tags.get("digest") == candidate.digest:
-            return str(version.version)
-    tags = {
-        "digest": candidate.digest,
-        "revision": _connection.revision,
-        "rebuild": _connection.rebuild,
-        **{f"metric.{key}": repr(value) for key, value in candidate.metrics.items()},
-        **candidate.facts,
-    }
-    made = client.create_model_version(
-        candidate.name, source=candidate.folder.resolve().as_uri(), run_id=_parent(client), tags=tags, description=candidate.card
-    )
-    return str(made.version)
+def connected() -> Connection:
+    """What `connect` was told last."""
+    return _connection
 
 
-@_registry()
-def promote(name: str, number: str, metric: str, minimum_gain: float) -> bool:
-    """Move the champion alias to version `number` if its `metric` is lower than the champion's by `minimum_gain`; say whether it moved.
-
-    Raises ValueError where one of them has no such metric.
-    """
-    client = _client()
-    champion = champion_of(name)
-    if champion is not None:
-        held, offered = (_metric(version, metric) for version in (champion, client.get_model_version(name, number)))
-        if champion.version == number or held - offered < minimum_gain:
-            return False
-    client.set_registered_model_alias(name, CHAMPION, number)
-    return True
+def rebuild_run(client: MlflowClient) -> str:
+    """The run that stands for this rebuild; one is made where there is none yet."""
+    return _parent(client)
 
 
-def _metric(version: ModelVersion, metric: str) -> float:
-    if (value := version.tags.get(f"metric.{metric}")) is None:
-        raise ValueError(f"{version.name}, version {version.version}, has no {metric} to compare by; move the champion alias by hand once")
-    return float(value)
-
-
-def champion_of(name: str) -> ModelVersion | None:
-    """The version of `name` that the champion alias points at, if there is one."""
+def ensure_model(client: MlflowClient, name: str, card: str) -> None:
+    """A registered model of that name, described by the newest card."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return _client().get_model_version_by_alias(name, CHAMPION)
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    client.update_registered_model(name, card)
+
+
+def aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version of `name` that an alias points at, if there is one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:  # the latter for an alias that was never set
             raise
         return None
+
+
+def read_artifact(client: MlflowClient, run: str, path: str) -> str:
+    """A small text file of a run. Raises ValueError where the run has none such."""
+    import tempfile
+
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    from mlflow.exceptions import MlflowException
+
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Path(client.download_artifacts(run, path, folder)).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"run {run} has no {path} any more ({' '.join(str(error).split())[:120]})") from None
+
+
+Answer = Callable[[list[str], Mapping[str, Any]], list[str]]
+"""How a version is asked: a text for each text, under params."""
+
+_untried = ContextVar("untried", default=False)
+"""While a version is written: MLflow would open it and ask it the example, which takes longer than all the rest."""
+
+
+def write_pyfunc(
+    folder: Path, code: Path, config: Mapping[str, Any], example: tuple[list[str], dict[str, Any]], requires: list[str]
+) -> None:
+    """What `mlflow.pyfunc.load_model` opens, some kilobytes: the file `code`, which calls `be_pyfunc`, and what it is told (`config`)."""
+    from mlflow.pyfunc import save_model
+
+    token = _untried.set(True)
+    try:
+        save_model(folder, python_model=str(code), model_config=dict(config), input_example=example, pip_requirements=requires)
+    finally:
+        _untried.reset(token)
+
+
+def be_pyfunc(open_version: Callable[[Mapping[str, Any]], Answer]) -> None:
+    """Say to MLflow, which runs the file that calls this, how a version is opened: from its config to how it is asked."""
+    from mlflow.models import set_model
+    from mlflow.pyfunc import PythonModel, PythonModelContext
+
+    class Version(PythonModel):  # type: ignore[misc, unused-ignore]
+        def load_context(self, context: PythonModelContext) -> None:
+            self.answer: Answer = (lambda texts, params: texts) if _untried.get() else open_version(context.model_config)
+
+        def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+            return self.answer(model_input, params or {})
+
+    set_model(Version())
 
 
 def remembered(made_by: str, digest: str, inputs: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,21 +225,25 @@ def _agree(noted: str, now: str) -> bool:
 
 
 class _Run:
-    """One nested run, its metrics buffered. Whatever fails in MLflow is said once and does not stop the work."""
+    """One nested run, its metrics buffered, those of the machine among them. What fails in MLflow is said once and stops no work."""
 
     def __init__(self) -> None:
         self.id = ""
         self.pending: list[Metric] = []
+        self.machine = Readings()
+        self.read = 0
 
     def start(self, title: str, stage: str, params: Mapping[str, Any], reads: Sequence[str]) -> None:
         def begin() -> None:
             client = _client()
-            tags = {"mlflow.parentRunId": _parent(client), "stage": stage, "rebuild": _connection.rebuild, "revision": _connection.revision}
+            tags = {"mlflow.parentRunId": _parent(client), "stage": stage, **_connection.tags()}
             self.id = client.create_run(_experiment(client), run_name=title, tags=tags).info.run_id
             client.log_batch(self.id, params=_flat_params(params))
             _log_inputs(client, self.id, reads)
 
         _attempt(begin)
+        if self.id:
+            self.machine.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self.id:
@@ -225,11 +255,17 @@ class _Run:
                 self.flush()
 
     def flush(self) -> None:
+        from mlflow.entities import Metric
+
+        for when, found in self.machine.take():
+            self.pending += [Metric(key, value, when, self.read) for key, value in found.items()]
+            self.read += 1
         batch, self.pending = self.pending, []
         _attempt(lambda: _client().log_batch(self.id, metrics=batch))
 
     def end(self, status: str) -> None:
         if self.id:
+            self.machine.stop()
             self.flush()
             _attempt(lambda: _end(_client(), self.id, status))
 
@@ -267,7 +303,7 @@ def _parent(client: MlflowClient) -> str:
     if known := _known_parent(client):
         return known
     experiment = _experiment(client)
-    tags = {"level": "rebuild", "rebuild": _connection.rebuild, "revision": _connection.revision}
+    tags = {"level": "rebuild", "rebuild": _connection.rebuild, "revision": _connection.revision}  # of a sweep, all experiments
     return str(client.create_run(experiment, run_name=f"rebuild {_connection.rebuild}", tags=tags).info.run_id)
 
 
@@ -303,13 +339,3 @@ def _log_inputs(client: MlflowClient, run: str, reads: Sequence[str]) -> None:
     ]
     if inputs:
         client.log_inputs(run, inputs)
-
-
-def _ensure_model(client: MlflowClient, candidate: Candidate) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_registered_model(candidate.name)
-    except MlflowException:
-        client.create_registered_model(candidate.name)
-    client.update_registered_model(candidate.name, candidate.card)
