@@ -59,6 +59,9 @@ certify: setup ## the toy graph twice from nothing, in two clones of HEAD: equal
 drills: setup ## break it on purpose, in every way we thought of: what is said, what is lost, how it goes on
 	python -m drills
 
+sweep: setup ## every combination in profiles/grids/base.yaml, as DVC experiments and as runs of MLflow beside each other
+	python -m pipelines sweep
+
 # A process a core, each with whole files of tests in the order that tests/conftest.py puts them in.
 SHARE = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

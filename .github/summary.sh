@@ -29,7 +29,7 @@ folded 'The report' < reports/report.md
 if ! git cat-file -e "$base^{commit}" 2> /dev/null; then
     echo 'There is no earlier commit to compare with.'
 elif (rebuilt_base) >&2; then
-    cp reports/metrics.json "$clone/reports/metrics.json"
+    cp reports/*.json "$clone/reports/" # whichever of them is BASE's metric
     (cd "$clone" && "$python" -m dvc metrics diff --md --precision 4) | folded "Toy numbers against those of ${base:0:7}"
 else
     echo "${base:0:7} does not rebuild with the packages of this change, so its toy numbers are not compared; the log says why."

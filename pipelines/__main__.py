@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from stages.__main__ import quick_log
@@ -34,8 +35,25 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument("dvc", nargs="*", help="more for `dvc exp run`, after --, such as -S train.base.steps=100")
     experiment.set_defaults(do=_experiment)
 
+    sweep = commands.add_parser("sweep", help="every combination in a grid, as DVC experiments and as runs of MLflow under one")
+    sweep.add_argument("grid", nargs="?", default="base", help="a file in profiles/grids/, with lists of what is tried (default: base)")
+    sweep.add_argument("targets", nargs="*", default=["train@base"], help="nodes of the graph, evaluate for all (default: train@base)")
+    sweep.add_argument("--profile", default="", help="an overlay that all of them have, such as smoke (default: none)")
+    sweep.add_argument("--jobs", type=int, default=1, help="experiments at a time (default: 1)")
+    sweep.add_argument("--name", default="", help="of the sweep (default: the grid's, and the time)")
+    sweep.set_defaults(do=_sweep)
+
     promote = commands.add_parser("promote", help="register the finished models in MLflow and move the champion alias by its rule")
     promote.set_defaults(do=_promote)
+
+    rollback = commands.add_parser("rollback", help="make the champion before champion again, and bring its files back")
+    rollback.add_argument("name", help="a registered model, such as served, sft or retriever")
+    rollback.add_argument("--to", default="", metavar="VERSION", help="the version to take (default: what the champion took over from)")
+    rollback.set_defaults(do=_rollback)
+
+    restore = commands.add_parser("restore", help="bring the bundle of a registered version back from DVC's cache")
+    restore.add_argument("digest", help="of the bundle, or its beginning")
+    restore.set_defaults(do=_restore)
 
     package = commands.add_parser("package", help="build the Bento from the finished model, index and embedder")
     package.set_defaults(do=_package)
@@ -46,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     for closed in (package, serve):
         closed.add_argument(
             "--api-key-file", default="", help="where it is served, a file with the key that clients must bear (default: none)"
+        )
+        closed.add_argument(
+            "--champion", action="store_true", help="the registry's champions, whatever evaluate chose last (default: what it chose)"
         )
     serve.set_defaults(do=_serve)
 
@@ -84,6 +105,17 @@ def _experiment(arguments: argparse.Namespace) -> int:
     return experiment(arguments.profile, arguments.dvc)
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from pipelines import dvc
+    from pipelines.sweep import sweep, table
+
+    name = arguments.name or f"{arguments.grid}-{time.strftime('%y%m%d-%H%M%S')}"
+    status = sweep(Path.cwd(), arguments.grid, arguments.profile, arguments.targets, name, arguments.jobs)
+    if not status:
+        print(table(dvc.output("exp", "show", "--csv"), name))
+    return status
+
+
 def _promote(_: argparse.Namespace) -> None:
     from pipelines.promote import promote
 
@@ -91,16 +123,28 @@ def _promote(_: argparse.Namespace) -> None:
         print(line)
 
 
+def _rollback(arguments: argparse.Namespace) -> None:
+    from pipelines.champion import rollback
+
+    print(rollback(Path.cwd(), arguments.name, arguments.to))
+
+
+def _restore(arguments: argparse.Namespace) -> None:
+    from pipelines.champion import restored
+
+    print(restored(Path.cwd(), arguments.digest))
+
+
 def _package(arguments: argparse.Namespace) -> None:
     from pipelines.bento import package
 
-    print(package(Path.cwd(), arguments.api_key_file))
+    print(package(Path.cwd(), arguments.api_key_file, arguments.champion))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from pipelines.bento import serve
 
-    return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file)
+    return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file, arguments.champion)
 
 
 def _reload(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from urllib.request import Request, urlopen
 from llm_from_scratch import config
 from llm_from_scratch.serving import package as bento
 from llm_from_scratch.serving.auth import read_key
+from pipelines.champion import RETRIEVER, SERVED, champion_bundle, require_store
 from stages.__main__ import read_yaml
 
 SHOWN_BYTES = 64 * 2**20
@@ -21,22 +22,30 @@ RELOAD_SECONDS = 600
 """The new model is read, checked and opened before the server answers."""
 
 
-def package(root: Path, api_key_file: str) -> str:
+def package(root: Path, api_key_file: str, champion: bool = False) -> str:
     """The tag of a Bento of what `store` put into BentoML's store. Raises as that does."""
-    return bento.build(root, store(root), api_key_file)
+    return bento.build(root, store(root, champion), api_key_file)
 
 
-def store(root: Path) -> str:
+def store(root: Path, champion: bool = False) -> str:
     """The tag, in BentoML's store, of the model that `evaluate` chose to serve, with index, embedder and the ladder's smaller models.
 
-    Raises BundleError where one is missing or damaged, and ParamsError and ValueError before any work.
+    With `champion`, model and index are those that the registry has as champions, whatever evaluate chose last. Raises BundleError where
+    one is missing or damaged, and ParamsError and ValueError before any work.
     """
     params = config.parse(read_yaml(root / "params.yaml"), "params.yaml")
     artifacts = root / "artifacts"
-    model, embedder = artifacts / "models" / served(root), artifacts / "raw" / params.index.embedder
+    model, index = champions(root) if champion else (artifacts / "models" / served(root), artifacts / "index")
+    embedder = artifacts / "raw" / params.index.embedder
     ladder = {name: artifacts / "models" / name for name in params.train}
     shown = {name: folder for name, folder in ladder.items() if _bytes(folder) <= SHOWN_BYTES}
-    return bento.package(model, artifacts / "index", embedder, params.serve, shown)
+    return bento.package(model, index, embedder, params.serve, shown)
+
+
+def champions(root: Path) -> tuple[Path, Path]:
+    """The bundles of the champions: the model to serve, and the index. Raises ValueError where there is none, or no registry."""
+    require_store(root)
+    return champion_bundle(root, SERVED), champion_bundle(root, RETRIEVER)
 
 
 def served(root: Path) -> str:
@@ -48,13 +57,13 @@ def served(root: Path) -> str:
         raise ValueError(f"{verdict} names no model to serve; dvc repro evaluate chooses one") from None
 
 
-def serve(root: Path, host: str, port: int, api_key_file: str) -> NoReturn:
+def serve(root: Path, host: str, port: int, api_key_file: str, champion: bool = False) -> NoReturn:
     """Package, then become the server. Raises ValueError, before any work, where the address is taken or the file holds no key."""
     bento.require_free(host, port)
     if api_key_file:
         read_key(Path(api_key_file))
         api_key_file = str(Path(api_key_file).resolve())
-    bento.serve(package(root, api_key_file), host, port)
+    bento.serve(package(root, api_key_file, champion), host, port)
 
 
 def reload(root: Path, url: str, api_key_file: str) -> str:

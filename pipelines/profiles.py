@@ -24,10 +24,17 @@ def settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}={json.dumps(value)}"
 
 
+def overlay(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """What stands in the file <name>.yaml of `folder`. Raises ValueError where there is none."""
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        raise ValueError(
+            f"no {folder.name.rstrip('s')} '{name}'; there is {', '.join(sorted(path.stem for path in folder.glob('*.yaml')))}"
+        )
+    return dict(YAML(typ="safe").load(path))
+
+
 def experiment(profile: str, more: Sequence[str]) -> int:
     """Run the graph under `profile`; the exit status of `dvc exp run`. Raises ValueError where there is no such profile."""
-    overlay = FOLDER / f"{profile}.yaml"
-    if not overlay.exists():
-        raise ValueError(f"no profile '{profile}'; there is {', '.join(sorted(path.stem for path in FOLDER.glob('*.yaml')))}")
-    chosen = [argument for setting in settings(YAML(typ="safe").load(overlay)) for argument in ("-S", setting)]
+    chosen = [argument for setting in settings(overlay(profile)) for argument in ("-S", setting)]
     return subprocess.run(dvc.command("exp", "run", *chosen, *more), env=dvc.environment(), check=False).returncode

@@ -121,6 +121,7 @@ def run(stage: str, name: str, params_file: Path) -> None:
         revision=git_revision(root),
         digests=dvc_digests(root),
         spool=root / "var/spool",
+        experiment=os.environ.get("DVC_EXP_NAME", ""),
     )
     import_module(f"stages.{stage}").run(params, name, root, **shared)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from llm_from_scratch.data.questions import questions
 from llm_from_scratch.data.shards import open_shards
 from llm_from_scratch.evaluation.heatmaps import attention_of
 from llm_from_scratch.evaluation.mixture import count, mixture
+from llm_from_scratch.evaluation.promotion import Rule, Scores
 from llm_from_scratch.evaluation.retrieval import CONDITIONS, question_answering, retrieval_quality
+from llm_from_scratch.evaluation.scores import Exam, scores_of, search_units
 from llm_from_scratch.evaluation.selection import choose
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.model import registry
 from llm_from_scratch.model.rung import Rung
-from llm_from_scratch.report import book, figures, gather
+from llm_from_scratch.report import book, compared, figures, gather
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
 from llm_from_scratch.retrieval.rag import answer
@@ -31,7 +33,10 @@ from llm_from_scratch.training.plan import TrainParams
 HEATMAPS = ("attention", "gpt")
 ANSWERING = ("sft", "lora", "qlora")
 """The methods that learn answers; the others learn which answers are better."""
+ALIGNING, ADAPTERS = ("dpo", "ppo", "grpo"), ("lora", "qlora")
 ILLUSTRATED = 8  # answered questions shown with what was read
+SERVED, RETRIEVER = "served", "retriever"
+"""Candidates beside the models of params.yaml: whichever of those is to be served, and the index."""
 
 
 def run(params: Params, name: str, root: Path) -> None:
@@ -46,16 +51,21 @@ def run(params: Params, name: str, root: Path) -> None:
         stages = measured(params, artifacts / "logs")
         served = to_serve(params, stages["quantize"])
         answers, illustrated = ask(params, artifacts, served["model"])
+        scores = examined(params, artifacts, served)
         for part, rows in (answers | {"mixture": mixed}).items():
             log(0, {f"{part}_{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
 
     digests = {model: made.digest for model, made in manifests.items()}
     metrics = stages | answers | {"mixture": mixed, "served": served, "digests": digests}
     gather.write(reports / "metrics.json", metrics)
+    gather.write(reports / "headline.json", compared.headline(metrics))
+    with bundle.writing(artifacts / "plots") as new:
+        compared.write_tables(new, metrics)
     draw(params, artifacts, reports / "figures", metrics)
     story = book.Story(gather.rounded(metrics), params.model_dump(), manifests, samples(params, artifacts / "logs"), illustrated)
     book.write(reports, story)
-    gather.write(reports / "verdict.json", verdict(params, metrics, manifests))
+    kept = write_scores(artifacts / "scores", scores)
+    gather.write(reports / "verdict.json", verdict(params, metrics, manifests | {RETRIEVER: bundle.verify(artifacts / "index")}, kept))
 
 
 def with_ngram(params: Params, artifacts: Path) -> dict[str, Any]:
@@ -166,25 +176,82 @@ def samples(params: Params, logs: Path) -> dict[str, str]:
     return texts | answers
 
 
-def verdict(params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest]) -> dict[str, Any]:
-    """Which bundles may become versions, and the rule by which a champion alias moves; `pipelines promote` applies it."""
-    policies = {name: row | {"gold_cost": -row["gold"]} for name, row in metrics["alignment"].items() if "gold" in row}
-    rows = metrics["ladder"] | metrics["finetune"] | metrics["alignment"] | policies | metrics["quantize"]
-    chosen = ["base", *params.finetune, *params.quantize]
+def compared_by(params: Params, served: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Each model that may become a version: its bundle, and the metric that decides whether a new one is better.
+
+    What answers is judged by its answers, a policy by the gold judge, and what is quantized by the text, but for the one that is served.
+    """
     rule = params.evaluate.promotion
-    metric = {**dict.fromkeys(params.finetune, rule.finetune_metric), **dict.fromkeys(policies, rule.alignment_metric)}
+    metrics: dict[str, str] = {"base": rule.metric} | dict.fromkeys(params.quantize, rule.metric)
+    for name, entry in params.finetune.items():
+        metrics[name] = rule.alignment_metric if entry.method in ALIGNING else rule.finetune_metric
+    what_is_served = (served["model"], metrics.get(served["original"], rule.metric))
+    return {name: (name, metric) for name, metric in metrics.items()} | {SERVED: what_is_served}
+
+
+def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict[str, Scores]:
+    """What each held-out unit costs each candidate."""
+    told = params.evaluate
+    held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
+    exam = Exam.of(held_out, told.promotion.units, {}, told.answer_tokens, told.seed)
+    found = {}
+    for name, (model, metric) in progress.bar(compared_by(params, served).items(), desc="scoring for promotion", unit=" models"):
+        entry = params.finetune.get(model)
+        judging = bundle.read_manifest(artifacts / "models" / entry.guide).facts.get("judge", {}) if entry else {}
+        judging = bundle.read_manifest(artifacts / "models" / model).facts.get("judge", judging)
+        base = artifacts / "models" / entry.model if entry else None
+        found[name] = scores_of(artifacts / "models" / model, metric, replace(exam, judge=judging), base)
+    index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
+    searched = questions(held_out, told.questions, told.choices, told.seed)
+    return found | {RETRIEVER: Scores("1 - mrr", search_units(index, searched))}
+
+
+def write_scores(folder: Path, scores: Mapping[str, Scores]) -> dict[str, str]:
+    """One file a candidate, and the digest of each."""
+    with bundle.writing(folder) as new:
+        for name, found in scores.items():
+            (new / f"{name}.json").write_text(found.to_json(), encoding="utf-8")
+    return {name: bundle.file_digest(folder / f"{name}.json") for name in scores}
+
+
+def verdict(
+    params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest], scores: Mapping[str, str]
+) -> dict[str, Any]:
+    """Which bundles may become versions, what each was worth, and the rule by which a champion moves; `pipelines promote` applies it."""
+    rows = metrics["ladder"] | metrics["finetune"] | metrics["alignment"] | metrics["quantize"] | {RETRIEVER: metrics["retrieval"]["fused"]}
+    models = {name: model for name, (model, _) in compared_by(params, metrics["served"]).items()} | {RETRIEVER: RETRIEVER}
     return {
         "served": metrics["served"]["model"],
+        "rule": asdict(Rule.of(params.evaluate)),
         "candidates": [
             {
-                "name": f"llm-from-scratch-{model}",
-                "folder": f"artifacts/models/{model}",
+                "name": f"llm-from-scratch-{name}",
+                "folder": "artifacts/index" if name == RETRIEVER else f"artifacts/models/{model}",
                 "card": f"reports/cards/{model}.md",
                 "digest": manifests[model].digest,
                 "metrics": {key: value for key, value in rows[model].items() if isinstance(value, float)},
-                "facts": {"kind": manifests[model].kind, "made_by": manifests[model].made_by},
-                "rule": {"metric": metric.get(model, rule.metric), "minimum_gain": rule.minimum_gain},
+                "facts": {"kind": manifests[model].kind, "made_by": manifests[model].made_by, "asked": asked(params, model)},
+                "beside": beside(params, model),
+                "scores": {"file": f"artifacts/scores/{name}.json", "sha256": scores[name]},
             }
-            for model in chosen
+            for name, model in models.items()
         ],
     }
+
+
+def asked(params: Params, model: str) -> str:
+    """How a version is asked: a `query` is searched for, a text is put to the `judge`, a `chat` is answered, a `text` gone on with."""
+    if model == RETRIEVER:
+        return "query"
+    origin = params.quantize[model].model if model in params.quantize else model
+    method = params.finetune[origin].method if origin in params.finetune else ""
+    return "judge" if method == "reward" else "chat" if method in ANSWERING else "text"
+
+
+def beside(params: Params, model: str) -> dict[str, str]:
+    """The bundles that a version cannot be opened without."""
+    if model == RETRIEVER:
+        return {"embedder": f"artifacts/raw/{params.index.embedder}"}
+    if model in params.finetune and params.finetune[model].method in ADAPTERS:
+        return {"base": f"artifacts/models/{params.finetune[model].model}"}
+    return {}

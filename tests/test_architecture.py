@@ -17,13 +17,14 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "src" / "llm_from_scratch"
 ROWS = (
-    {"section", "progress", "spool"},
+    {"section", "progress", "hardware", "spool"},
     {"bundle"},
     {"data", "tokenizer", "model"},
     {"training", "inference"},
     {"finetune", "retrieval"},
     {"evaluation"},
     {"serving", "report", "tracking"},
+    {"registry"},
     {"config"},
 )
 ROW = {room: place for place, rooms in enumerate(ROWS) for room in rooms}
@@ -36,8 +37,13 @@ HOMES = {
     "dvc": (),
 }
 BUNDLE_MAY_IMPORT = {"safetensors", "torch"}  # torch for the type of a tensor alone
-EXEMPT = {"llm_from_scratch.config", "llm_from_scratch.tracking", "llm_from_scratch.progress"}  # none can change an output
-FLOWS_MAY_USE = {"llm_from_scratch.config", "llm_from_scratch.tracking", "llm_from_scratch.serving", "llm_from_scratch.bundle"}
+EXEMPT = {
+    "llm_from_scratch.config",
+    "llm_from_scratch.tracking",
+    "llm_from_scratch.progress",
+    "llm_from_scratch.hardware",
+}  # none can change an output
+FLOWS_MAY_USE = {f"llm_from_scratch.{room}" for room in ("config", "tracking", "registry", "serving", "bundle")}
 
 
 def modules() -> list[Path]:

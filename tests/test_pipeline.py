@@ -178,12 +178,55 @@ def test_finished_models_are_registered_with_their_card_and_one_is_champion(buil
     run(built, sys.executable, "-m", "pipelines", "promote")
     uri = f"sqlite:///{built}/var/mlflow.db"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    for name in ("base", "sft", "chat_int8"):
+    for name in ("base", "sft", "lora", "chat_int8"):
         champion = client.get_model_version_by_alias(f"llm-from-scratch-{name}", "champion")
         assert champion.tags["digest"] == bundle.read_manifest(built / "artifacts" / "models" / name).digest
         assert champion.description.startswith(f"# {name}\n")
+    retriever = client.get_model_version_by_alias("llm-from-scratch-retriever", "champion")
+    assert retriever.tags["digest"] == bundle.read_manifest(built / "artifacts" / "index").digest
+    assert retriever.description.startswith("# retriever\n")
     again = run(built, sys.executable, "-m", "pipelines", "promote").stdout
-    assert set(re.findall(r"version (\d+.*)", again)) == {"1"}, "the same bundles are the same versions, and no champion moves"
+    assert set(re.findall(r"version (\d+.*)", again)) == {"1 is the champion already"}, "the same bundles are the same versions"
+    kept = [file for file in (built / "var" / "mlruns").rglob("versions/*/*/*") if file.is_file()]
+    assert sum(file.stat().st_size for file in kept) < 10**6, "a version holds no weights"
+
+
+def test_what_is_registered_answers_through_mlflow(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{built}/var/mlflow.db")
+    questions = ["What is a river?", "Who is Ada Lovelace?"]
+    for name in ("sft", "served", "retriever", "reward"):
+        answers = mlflow.pyfunc.load_model(f"models:/llm-from-scratch-{name}@champion").predict(questions)
+        assert len(answers) == 2
+        assert all(isinstance(answer, str) for answer in answers)
+
+
+def test_dvc_compares_and_draws_what_evaluate_left(built: Path) -> None:
+    shown = json.loads(run(built, *dvc.command("metrics", "show", "--json")).stdout)
+    kept = shown[""]["data"]["reports/headline.json"]["data"]
+    assert kept["ladder"].keys() == {"ngram", "bigram", "mlp", "attention", "gpt", "gpt_bpe", "base"}
+    drawn = json.loads(run(built, *dvc.command("plots", "show", "--json")).stdout)
+    assert not drawn.get("errors")
+    assert len(drawn["data"]) == (built / "dvc.yaml").read_text().count("template:")
+
+
+@pytest.mark.long
+def test_a_sweep_leaves_comparable_runs_in_mlflow_and_a_table_of_dvcs(built: Path) -> None:
+    from mlflow import MlflowClient
+
+    (built / "profiles" / "grids" / "toy.yaml").write_text("train: {base: {learning_rate: [0.011, 0.022]}}")
+    said = run(built, sys.executable, "-m", "pipelines", "sweep", "toy", "train@base", "--name", "tried").stdout
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| tried-")]
+    assert [row[0] for row in rows] == ["| tried-1", "| tried-2"]
+    assert {"0.011", "0.022"} <= {cell.strip(" |") for row in rows for cell in row}
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{built}/var/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "llm-from-scratch"]
+    runs = client.search_runs([experiment.experiment_id], "tags.rebuild = 'tried' and tags.stage = 'train'")
+    assert {run.data.tags["experiment"]: run.data.params["learning_rate"] for run in runs} == {"tried-1": "0.011", "tried-2": "0.022"}
+    assert len({run.data.tags["mlflow.parentRunId"] for run in runs}) == 1
+    assert all("val_bpb" in run.data.metrics for run in runs)
 
 
 def test_training_killed_in_the_middle_goes_on_and_leaves_no_half_bundle(built: Path) -> None:

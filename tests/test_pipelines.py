@@ -18,9 +18,11 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRu
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
+from ruamel.yaml import YAML
 
-from llm_from_scratch import bundle, tracking
-from pipelines import bento, dvc, profiles, promote, rebuild
+from llm_from_scratch import bundle, registry
+from llm_from_scratch.evaluation.promotion import Scores
+from pipelines import bento, dvc, profiles, promote, rebuild, sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -288,12 +290,16 @@ def test_what_is_promoted_carries_the_commit_of_its_code(toy: Path, monkeypatch:
     write_verdict(toy)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy}/mlflow.db")
 
-    assert promote.promote(toy) == ["tiny: version 1, now champion"]
-    champion = tracking.champion_of("tiny")
+    assert promote.promote(toy) == ["tiny: version 1 is now champion: the first version"]
+    champion = registry.champion_of("tiny")
     assert champion is not None
     assert champion.tags["revision"] == commit
-    assert champion.description == "# A card"
-    assert promote.promote(toy) == ["tiny: version 1"]
+    assert champion.description == "# A card\n\n## Promotion\n\nPromoted: the first version."
+    assert promote.promote(toy) == ["tiny: version 1 is the champion already"]
+    with bundle.writing(toy / "tiny") as folder:
+        bundle.seal(folder, "model", "train@tiny")
+    with pytest.raises(ValueError, match=r"is about another tiny than the one here; dvc repro evaluate"):
+        promote.promote(toy)
 
 
 def test_a_registry_that_cannot_be_read_is_one_line(toy: Path) -> None:
@@ -312,14 +318,17 @@ def write_verdict(root: Path) -> None:
     """One candidate, as evaluate leaves it."""
     with bundle.writing(root / "tiny") as folder:
         (folder / "weights").write_text("1 2 3")
-        bundle.seal(folder, "model", "train@tiny")
+        digest = bundle.seal(folder, "model", "train@tiny").digest
     (root / "reports").mkdir()
     (root / "card.md").write_text("# A card")
+    (root / "scores.json").write_text(Scores("val_bpb", {"a": (2.0, 1.0)}).to_json())
     for name in ("report.md", "metrics.json"):
         (root / "reports" / name).write_text("{}")
-    entry = {"name": "tiny", "folder": "tiny", "card": "card.md", "metrics": {"val_bpb": 2.0}, "facts": {"kind": "model"}}
-    entry["rule"] = {"metric": "val_bpb", "minimum_gain": 0.01}
-    (root / "reports" / "verdict.json").write_text(json.dumps({"candidates": [entry]}))
+    entry = {"name": "tiny", "folder": "tiny", "card": "card.md", "digest": digest, "metrics": {"val_bpb": 2.0}, "beside": {}}
+    entry["facts"] = {"kind": "model", "made_by": "train@tiny", "asked": "text"}
+    entry["scores"] = {"file": "scores.json", "sha256": bundle.file_digest(root / "scores.json")}
+    rule = {"minimum_gain": 0.01, "minimum_units": 20, "resamples": 500, "confidence": 0.95, "seed": 1}
+    (root / "reports" / "verdict.json").write_text(json.dumps({"rule": rule, "candidates": [entry]}))
 
 
 def test_packaging_reads_params_as_strictly_as_a_stage(tmp_path: Path) -> None:
@@ -344,3 +353,48 @@ def test_an_unknown_profile_is_one_line_with_those_there_are() -> None:
     done = subprocess.run([sys.executable, "-m", "pipelines", "experiment", "smok"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "pipelines experiment: no profile 'smok'; there is cluster, gpu, smoke"
+
+
+def test_a_grid_is_lists_of_what_is_tried_in_the_form_that_dvc_combines() -> None:
+    grid = {"train": {"base": {"learning_rate": [0.01, 0.02], "optimizer": ["muon", "adamw"], "steps": 3}}}
+    assert list(sweep.choices(grid)) == [
+        "train.base.learning_rate=0.01,0.02",
+        'train.base.optimizer="muon","adamw"',
+        "train.base.steps=3",
+    ]
+
+
+def test_the_shipped_grid_tries_what_params_has() -> None:
+    shipped = YAML(typ="safe").load(ROOT / "params.yaml")
+    for path in (ROOT / "profiles" / "grids").glob("*.yaml"):
+        for choice in sweep.choices(YAML(typ="safe").load(path)):
+            value = shipped
+            for step in choice.split("=")[0].split("."):
+                value = value[step]
+            assert not isinstance(value, dict)
+
+
+def test_a_sweep_of_nothing_or_by_no_name_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles" / "grids").mkdir(parents=True)
+    (tmp_path / "profiles" / "grids" / "dull.yaml").write_text("train: {base: {steps: 3}}")
+    with pytest.raises(ValueError, match="no grid 'bse'; there is dull"):
+        sweep.sweep(tmp_path, "bse", "", [], "x", 1)
+    with pytest.raises(ValueError, match=r"profiles/grids/dull.yaml tries nothing: wanted a list of values somewhere"):
+        sweep.sweep(tmp_path, "dull", "", [], "x", 1)
+
+
+def test_of_what_dvc_shows_a_sweep_keeps_its_own_rows_and_what_differs() -> None:
+    shown = """\
+Experiment,rev,typ,Created,parent,State,Executor,seconds,val_bpb,steps,learning_rate
+,master,baseline,2026-01-01T00:00:00,,,,9.1,2.5,3,0.01
+grid-a-10,9568,branch_commit,2026-01-01T00:00:01,,Success,Dvc-task,9.2,2.4,3,0.02
+grid-a-9,dc7e,branch_base,2026-01-01T00:00:02,,Success,Dvc-task,9.3,2.5,3,0.01
+grid-b-1,dc7f,branch_base,2026-01-01T00:00:03,,Success,Dvc-task,9.4,2.6,3,0.04
+"""
+    assert sweep.table(shown, "grid-a").splitlines() == [
+        "| Experiment | val_bpb | learning_rate |",
+        "| --- | --- | --- |",
+        "| grid-a-9 | 2.5 | 0.01 |",
+        "| grid-a-10 | 2.4 | 0.02 |",
+    ]

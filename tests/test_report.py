@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jinja2
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
-from llm_from_scratch.report import figures, gather, pages
+from llm_from_scratch.report import compared, figures, gather, pages
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_marked_block_is_filled_and_the_rest_is_left_as_it_was() -> None:
@@ -71,3 +75,24 @@ def test_a_heatmap_is_drawn_for_tokens_of_any_script(tmp_path: Path) -> None:
     maps = np.tril(np.ones((2, 3, 4, 4), dtype=np.float32)) / np.arange(1, 5)[:, None]
     picture = figures.heatmaps(tmp_path, "gpt", maps, ["a", " ", "\n", "é"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_rebuilds_are_compared_by_has_no_clock_in_it() -> None:
+    """`dvc metrics diff` used to list some two hundred times that differ from run to run."""
+    metrics = json.loads((ROOT / "reports" / "metrics.json").read_text(encoding="utf-8"))
+    kept = compared.headline(metrics)
+    names = {name for section in kept.values() for row in section.values() for name in row}
+    assert kept["ladder"]["gpt"] == {"val_bpb": metrics["ladder"]["gpt"]["val_bpb"]}
+    assert not [name for name in names if "seconds" in name or "_s" in name or "ms" in name]
+    assert all(row for section in kept.values() for row in section.values())
+
+
+def test_every_bar_that_dvc_draws_is_in_its_table() -> None:
+    metrics = json.loads((ROOT / "reports" / "metrics.json").read_text(encoding="utf-8"))
+    drawn = [plot for entry in YAML(typ="safe").load(ROOT / "dvc.yaml")["plots"] for plot in entry.values()]
+    bars = [(file, plot["x"], label) for plot in drawn if plot["template"] == "bars" for file, label in plot["y"].items()]
+    made = {f"artifacts/plots/{name}.json": rows for name, rows in compared.tables(metrics).items()}
+    assert {file for file, _, _ in bars} == made.keys()
+    for file, value, label in bars:
+        assert all(isinstance(row[value], float) and row[label] for row in made[file])
+    assert all(plot["x_label"] and plot["y_label"] for plot in drawn)

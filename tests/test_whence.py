@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from llm_from_scratch import bundle, tokenizer, tracking
+from llm_from_scratch import bundle, registry, tokenizer, tracking
+from llm_from_scratch.evaluation.promotion import Scores
 from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, SERVING, Responder
@@ -293,7 +294,9 @@ def store(copy: Path) -> Iterator[Path]:
         with tracking.stage_run("train", "tiny", params | {"learning_rate": rate}, ["artifacts/tokens/tiny"]) as log:
             log(0, {"val_bpb": rate})
     digest = bundle.read_manifest(copy / "artifacts/models/tiny").digest
-    tracking.register(tracking.Candidate("llm-from-scratch-tiny", copy, digest, "# card", {"val_bpb": 2.0}, {}))
+    (copy / "scores.json").write_text(Scores("val_bpb", {"a": (2.0, 1.0)}).to_json())
+    made = {"name": "llm-from-scratch-tiny", "root": copy, "folder": "artifacts/models/tiny", "digest": digest, "card": "# card"}
+    registry.register(registry.Candidate(**made, metrics={}, facts={"asked": "text"}, beside={}, scores=copy / "scores.json"))
     yield copy
     tracking.connect("", "", "", {})
 

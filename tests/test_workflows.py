@@ -144,7 +144,11 @@ def test_together_the_jobs_run_all_that_the_test_target_runs() -> None:
     """`make test` is lint, types and all tests; the notebooks' tests are left out of one job because another has them."""
     ran = commands(next(path for path in WORKFLOWS if path.stem == "ci"))
 
-    assert {"make lint types", "make notebooks", ".venv/bin/python -m pytest --numprocesses auto --dist loadfile --ignore=tests/test_notebooks.py"} <= set(ran)
+    assert {
+        "make lint types",
+        "make notebooks",
+        ".venv/bin/python -m pytest --numprocesses auto --dist loadfile --ignore=tests/test_notebooks.py",
+    } <= set(ran)
 
 
 def test_dependabot_watches_the_packages_the_actions_and_the_image() -> None:

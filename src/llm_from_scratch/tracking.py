@@ -1,4 +1,4 @@
-"""What happened, in MLflow: one experiment, a parent run a rebuild, a nested run a stage, and a registry of finished models.
+"""What happened, in MLflow: one experiment, a parent run a rebuild, a nested run a stage. `registry` keeps the versions there.
 
 The only module that imports mlflow. It points at artifacts by digest and never stores a second copy of weights. With no tracking URI
 every function here is silent. Where MLflow fails or is slow in mid-run, the build goes on and says so once; what MLflow did not take waits
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from llm_from_scratch import spool
+from llm_from_scratch.hardware import Readings
 from llm_from_scratch.spool import Patient, Record, Spool
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "llm-from-scratch"
-CHAMPION = "champion"
 BATCH = 200  # metrics written at once: one call to sqlite costs some 40 ms however many it carries
 GRACE = 10.0  # seconds that a server may keep a stage in all, and the share of a long stage's time that it may besides
 SHARE = 0.02
@@ -36,23 +37,31 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Connection:
-    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output; the folder where
-    what the store does not take waits (none: it is lost)."""
+    """Where to write (`uri`, "" for nowhere), which rebuild this is, the code's commit, and DVC's digest of each output.
+
+    `spool` is the folder where what the store does not take waits (none: it is lost); `experiment` is DVC's name of the experiment that
+    this is a part of, "" outside of one.
+    """
 
     uri: str = ""
     rebuild: str = ""
     revision: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
     spool: Path | None = None
+    experiment: str = ""
+
+    def tags(self) -> dict[str, str]:
+        named = {"experiment": self.experiment} if self.experiment else {}
+        return {"rebuild": self.rebuild, "revision": self.revision} | named
 
 
 _connection = Connection()
 
 
-def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str], spool: Path | None = None) -> None:
+def connect(uri: str, rebuild: str, revision: str, digests: Mapping[str, str], spool: Path | None = None, experiment: str = "") -> None:
     """Say once, at the start of a process, where runs go. A sqlite file's folder is made."""
     global _connection
-    _connection = Connection(uri, rebuild, revision, digests, spool)
+    _connection = Connection(uri, rebuild, revision, digests, spool, experiment)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
 
@@ -80,7 +89,7 @@ def stage_run(stage: str, name: str, params: Mapping[str, Any], reads: Sequence[
 def catch_up() -> None:
     """Deliver all that waits in the spool, however long it takes. Raises ValueError where the store cannot be reached."""
     if _connection.uri and _connection.spool:
-        with _registry():
+        with answering():
             spool.deliver(_connection.spool, _record)
 
 
@@ -97,86 +106,98 @@ def log_files(stage: str, files: Sequence[Path]) -> None:
         _attempt(attach)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A finished bundle to be a version of a registered model: its card, digest, and the numbers a rule may read."""
-
-    name: str
-    folder: Path
-    digest: str
-    card: str
-    metrics: Mapping[str, float]
-    facts: Mapping[str, str]
-
-
 @contextmanager
-def _registry() -> Iterator[None]:
-    """What the store raises as one line: unlike a log, a registry that fails is a failure."""
+def answering() -> Iterator[MlflowClient]:
+    """The store, for work that cannot do without it: what it raises becomes one line. Unlike a log, a registry that fails is a failure."""
     try:
-        yield
+        yield _client()
     except ValueError:
         raise
     except Exception as error:  # sqlite's, HTTP's or MLflow's own
         raise ValueError(f"MLflow at {_connection.uri}: {' '.join(str(error).split())[:200]}") from None
 
 
-@_registry()
-def register(candidate: Candidate) -> str:
-    """The version number of `candidate`, made if no version has its digest yet; the card becomes its description."""
-    client = _client()
-    _ensure_model(client, candidate)
-    for version in client.search_model_versions(f"name = '{candidate.name}'"):
-        if version.tags.get("digest") == candidate.digest:
-            return str(version.version)
-    tags = {
-        "digest": candidate.digest,
-        "revision": _connection.revision,
-        "rebuild": _connection.rebuild,
-        **{f"metric.{key}": repr(value) for key, value in candidate.metrics.items()},
-        **candidate.facts,
-    }
-    made = client.create_model_version(
-        candidate.name,
-        source=candidate.folder.resolve().as_uri(),
-        run_id=_parent(client, _connection.rebuild, _connection.revision),
-        tags=tags,
-        description=candidate.card,
-    )
-    return str(made.version)
+def connected() -> Connection:
+    """What `connect` was told last."""
+    return _connection
 
 
-@_registry()
-def promote(name: str, number: str, metric: str, minimum_gain: float) -> bool:
-    """Move the champion alias to version `number` if its `metric` is lower than the champion's by `minimum_gain`; say whether it moved.
-
-    Raises ValueError where one of them has no such metric.
-    """
-    client = _client()
-    champion = champion_of(name)
-    if champion is not None:
-        held, offered = (_metric(version, metric) for version in (champion, client.get_model_version(name, number)))
-        if champion.version == number or held - offered < minimum_gain:
-            return False
-    client.set_registered_model_alias(name, CHAMPION, number)
-    return True
+def rebuild_run(client: MlflowClient) -> str:
+    """The run that stands for this rebuild; one is made where there is none yet."""
+    return _parent(client, _connection.rebuild, _connection.revision)
 
 
-def _metric(version: ModelVersion, metric: str) -> float:
-    if (value := version.tags.get(f"metric.{metric}")) is None:
-        raise ValueError(f"{version.name}, version {version.version}, has no {metric} to compare by; move the champion alias by hand once")
-    return float(value)
-
-
-def champion_of(name: str) -> ModelVersion | None:
-    """The version of `name` that the champion alias points at, if there is one."""
+def ensure_model(client: MlflowClient, name: str, card: str) -> None:
+    """A registered model of that name, described by the newest card."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return _client().get_model_version_by_alias(name, CHAMPION)
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    client.update_registered_model(name, card)
+
+
+def aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version of `name` that an alias points at, if there is one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:  # the latter for an alias that was never set
             raise
         return None
+
+
+def read_artifact(client: MlflowClient, run: str, path: str) -> str:
+    """A small text file of a run. Raises ValueError where the run has none such."""
+    import tempfile
+
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    from mlflow.exceptions import MlflowException
+
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Path(client.download_artifacts(run, path, folder)).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            raise ValueError(f"run {run} has no {path} any more ({' '.join(str(error).split())[:120]})") from None
+
+
+Answer = Callable[[list[str], Mapping[str, Any]], list[str]]
+"""How a version is asked: a text for each text, under params."""
+
+_untried = ContextVar("untried", default=False)
+"""While a version is written: MLflow would open it and ask it the example, which takes longer than all the rest."""
+
+
+def write_pyfunc(
+    folder: Path, code: Path, config: Mapping[str, Any], example: tuple[list[str], dict[str, Any]], requires: list[str]
+) -> None:
+    """What `mlflow.pyfunc.load_model` opens, some kilobytes: the file `code`, which calls `be_pyfunc`, and what it is told (`config`)."""
+    from mlflow.pyfunc import save_model
+
+    token = _untried.set(True)
+    try:
+        save_model(folder, python_model=str(code), model_config=dict(config), input_example=example, pip_requirements=requires)
+    finally:
+        _untried.reset(token)
+
+
+def be_pyfunc(open_version: Callable[[Mapping[str, Any]], Answer]) -> None:
+    """Say to MLflow, which runs the file that calls this, how a version is opened: from its config to how it is asked."""
+    from mlflow.models import set_model
+    from mlflow.pyfunc import PythonModel, PythonModelContext
+
+    class Version(PythonModel):  # type: ignore[misc, unused-ignore]
+        def load_context(self, context: PythonModelContext) -> None:
+            self.answer: Answer = (lambda texts, params: texts) if _untried.get() else open_version(context.model_config)
+
+        def predict(self, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
+            return self.answer(model_input, params or {})
+
+    set_model(Version())
 
 
 def remembered(made_by: str, digest: str, inputs: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,13 +240,15 @@ def _agree(noted: str, now: str) -> bool:
 
 
 class _Run:
-    """One nested run, its metrics buffered. Whatever fails in MLflow is said once and does not stop the work."""
+    """One nested run, its metrics buffered, those of the machine among them. What fails in MLflow is said once and stops no work."""
 
     def __init__(self) -> None:
         import mlflow  # noqa: F401  # takes seconds, which are not to be counted as its server's
 
         self.complained = False
         self.pending: list[tuple[str, float, int, int]] = []
+        self.machine = Readings()
+        self.read = 0
         self.tell = Patient(_record, *((inf, 0.0) if _connection.uri.startswith("sqlite:") else (GRACE, SHARE)))
         self.spool = Spool(_connection.spool, uuid4().hex, self.tell, self.complain)
 
@@ -235,9 +258,10 @@ class _Run:
                 spool.deliver(_connection.spool, self.tell)
         except Exception as error:  # as in Spool: what others left may wait on
             self.complain(error)
-        tags = {"stage": stage, "rebuild": _connection.rebuild, "revision": _connection.revision}
+        tags = {"stage": stage, **_connection.tags()}
         inputs = {path: _connection.digests[path].removesuffix(".dir") for path in reads if path in _connection.digests}
         self.put("begin", title=title, tags=tags, params=_flat(params), inputs=inputs)
+        self.machine.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         now = _now()
@@ -246,11 +270,15 @@ class _Run:
             self.flush()
 
     def flush(self) -> None:
+        for when, found in self.machine.take():
+            self.pending += [(key, value, when, self.read) for key, value in found.items()]
+            self.read += 1
         if self.pending:
             self.put("metrics", points=self.pending)
             self.pending = []
 
     def end(self, status: str) -> None:
+        self.machine.stop()
         self.flush()
         self.put("end", status=status, rebuild=_connection.rebuild, revision=_connection.revision)
         self.spool.close()
@@ -327,7 +355,7 @@ def _parent(client: MlflowClient, rebuild: str, revision: str) -> str:
     """The run that stands for a rebuild, made by whichever stage comes first."""
     if known := _known_parent(client, rebuild):
         return known
-    tags = {"level": "rebuild", "rebuild": rebuild, "revision": revision}
+    tags = {"level": "rebuild", "rebuild": rebuild, "revision": revision}  # of a sweep, all experiments
     return str(client.create_run(_experiment(client), run_name=f"rebuild {rebuild}", tags=tags).info.run_id)
 
 
@@ -358,13 +386,3 @@ def _log_inputs(client: MlflowClient, run: str, digests: Mapping[str, str]) -> N
     ]
     if inputs:
         client.log_inputs(run, inputs)
-
-
-def _ensure_model(client: MlflowClient, candidate: Candidate) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_registered_model(candidate.name)
-    except MlflowException:
-        client.create_registered_model(candidate.name)
-    client.update_registered_model(candidate.name, candidate.card)
