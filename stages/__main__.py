@@ -1,6 +1,7 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
-Beside the graph: import and export of models, documents that join an index or leave it, and whence, which says where something comes from.
+Beside the graph: import and export of models, documents that join an index or leave it, sources, which says what changed since it was
+downloaded, and whence, which says where something comes from.
 
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
-BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence"}
+BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence", "sources": "sources"}
 """Commands beside the graph, and the modules that have them."""
 EPILOG = (
-    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, and whence THING; "
+    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, sources, and whence THING; "
     "see their --help."
 )
 SHARED = ("train",)

@@ -81,6 +81,20 @@ def log_files(stage: str, files: Sequence[Path]) -> None:
         _attempt(attach)
 
 
+def rebuild_address(page: str) -> str:
+    """Where MLflow's page at `page` shows this rebuild's parent run; "" where nothing is tracked, or no stage has run in it."""
+    found: list[str] = []
+
+    def find() -> None:
+        client = _client()
+        if parent := _known_parent(client):
+            found.append(f"{page.rstrip('/')}/#/experiments/{client.get_run(parent).info.experiment_id}/runs/{parent}")
+
+    if _connection.uri:
+        _attempt(find)
+    return "".join(found)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A finished bundle to be a version of a registered model: its card, digest, and the numbers a rule may read."""
