@@ -172,6 +172,22 @@ def test_two_workspaces_take_turns_with_the_card_and_a_killed_worker_gives_it_ba
     assert artifacts(run)["report"] == "# It works\n"
 
 
+@pytest.mark.slow
+def test_a_source_that_changed_starts_one_rebuild_that_downloads_it_anew_however_often_one_looks(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC alone does not see that files of a folder changed, so the rebuild is told which downloads to run all the same."""
+    monkeypatch.chdir(project(tmp_path / "project", GRAPH))
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow_from_name("rebuild"), "of-a-test")
+        for _ in range(2):
+            flows.data_changed("rebuild/of-a-test")
+        (started,) = [run for run in client.read_flow_runs() if run.deployment_id == deployment]
+    sources = YAML(typ="safe").load(ROOT / "params.yaml")["download"]["fetch"]
+    assert sorted(started.parameters["again"]) == sorted(f"download@{name}" for name in sources)
+    assert started.tags == ["data-changed"]
+
+
 class Heard(BaseHTTPRequestHandler):
     """A chat that keeps what it is told."""
 
