@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 from ruamel.yaml import YAML
 
@@ -111,6 +112,7 @@ def _deploy(tree: dict[str, Any]) -> None:
         file = Path(folder) / "prefect.yaml"
         YAML(typ="safe").dump(tree, file)
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file), "--all"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"prefect deploy: {' '.join((done.stdout + done.stderr).split())[-600:]}")
