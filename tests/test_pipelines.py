@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from prefect import flow, get_client
+from zc.lockfile import LockFile
 
 from llm_from_scratch import bundle, tracking
 from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild
 from pipelines.graph import parse, touched, walk
-from tests.prefect_runs import artifacts, environment, project, story, tasks
+from tests.prefect_runs import artifacts, environment, project, story, tasks, waited
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,6 +155,28 @@ def test_a_gpu_stage_holds_the_slot_while_it_works_and_gives_it_back(prefect_ser
     with get_client(sync_client=True) as client:
         seen.append(client.read_global_concurrency_limit_by_name(gpu.GPU).active_slots)
     assert seen == [1, 0]
+
+
+SIDE_BY_SIDE = """\
+stages:
+  slow: {cmd: "touch started; while ! test -e enough; do sleep 0.1; done; echo 1 > slow", outs: [slow]}
+  fast: {cmd: "echo 1 > fast", outs: [fast]}
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_of_a_workspace_run_side_by_side_and_the_end_of_one_waits_for_dvcs_lock(tmp_path: Path) -> None:
+    """DVC lets go of its lock around a command. When it wanted it back and another had it for 3 s, what the command made was lost."""
+    root = project(tmp_path / "project", SIDE_BY_SIDE)
+    with subprocess.Popen(dvc.command("repro", "--single-item", "slow"), cwd=root, env=dvc.environment()) as slow:
+        waited((root / "started").exists, 60, "the command did not run")
+        subprocess.run(dvc.command("repro", "--single-item", "fast"), cwd=root, env=dvc.environment(), check=True)
+        held = LockFile(str(root / ".dvc/tmp/lock"))
+        (root / "enough").touch()
+        time.sleep(5)
+        held.close()
+    assert slow.returncode == 0
+    assert (root / "dvc.lock").read_text().count("md5: ") == 2
 
 
 @pytest.mark.slow
