@@ -118,7 +118,21 @@ mlflow: setup ## compare runs and models on 127.0.0.1:5000
 
 prefect: setup ## the Prefect server and its page on 127.0.0.1:4200
 	@mkdir -p var
-	prefect server start --host $(HOST) --port $(PREFECT_PORT)
+	$(PREFECT_SERVER) prefect server start --host $(HOST) --port $(PREFECT_PORT)
+
+# Leases on disk outlive a restart of the server; in its memory, the default, what they held would be taken for ever.
+# Whoever waits for the card asks again, and slots of the lost are taken back, every five seconds.
+PREFECT_SERVER := PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem \
+	PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS=5 PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS=5
+
+deploy worker: export PREFECT_API_URL ?= http://$(HOST):$(PREFECT_PORT)/api
+
+deploy: setup ## pools, GPU limit and deployments (nightly, watch, sweep, promote, serve-smoke) on that server; repeat it freely
+	python -m pipelines deploy
+
+POOLS ?= local gpu
+worker: setup ## run what is scheduled: a worker for each of POOLS, here local and gpu
+	@trap 'kill 0' EXIT; for pool in $(POOLS); do prefect worker start --pool $$pool --type process & done; wait
 
 flow: setup ## the rebuild as a Prefect flow (on the server of `make prefect` where PREFECT_API_URL names it)
 	python -m pipelines rebuild

@@ -28,7 +28,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     rebuild = commands.add_parser("rebuild", help="the graph as a Prefect flow, one task a node")
+    rebuild.add_argument("--trainer", default="", help="the deployment that trains, such as train/gpu (default: train here)")
+    rebuild.add_argument(
+        "--beside", type=int, default=0, help="other nodes at a time next to one that trains (default: 0, one node at a time)"
+    )
     rebuild.set_defaults(do=_rebuild)
+
+    deploy = commands.add_parser("deploy", help="pools, GPU limit, automation and deployments, on the Prefect server; repeat it freely")
+    deploy.add_argument("--suffix", default="", help="added to each deployment's name, for a second clone on one server (default: none)")
+    deploy.add_argument("--notify", default="", help="a Prefect block, TYPE/NAME, that hears of failures (default: nobody does)")
+    deploy.add_argument("--kubernetes", action="store_true", help="the GPU pool is of Kubernetes jobs, by pipelines/kubernetes.json")
+    deploy.set_defaults(do=_deploy)
 
     experiment = commands.add_parser("experiment", help="the graph under a profile, as a DVC experiment; params.yaml stays as it is")
     experiment.add_argument("profile", help="an overlay in profiles/, such as smoke or gpu")
@@ -75,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     reload.add_argument("--api-key-file", default="", help="the file with the server's key, if it has one (default: none)")
     reload.set_defaults(do=_reload)
 
+    smoke = commands.add_parser("serve-smoke", help="package, serve on a free port, ask, check whose answer it is, and stop")
+    smoke.set_defaults(do=_serve_smoke)
+
     screenshots = commands.add_parser("screenshots", help="pictures of the page's tabs, from a Bento packaged and served for it")
     screenshots.add_argument("--out", type=Path, default=Path("docs/screenshots"), help="their folder (default: docs/screenshots)")
     screenshots.add_argument("--url", default="", help="a server that runs already, such as http://127.0.0.1:3000 (default: serve one)")
@@ -89,14 +102,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rebuild(_: argparse.Namespace) -> None:
+def _rebuild(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")  # a busy machine is slow to start the temporary one
     from pipelines.rebuild import rebuild
 
     try:
-        rebuild()
+        rebuild(trainer=arguments.trainer, beside=arguments.beside)
     except RuntimeError as error:  # Prefect's word for a server that is not there
         raise ValueError(f"{error}; start it with make prefect, or unset PREFECT_API_URL to do without") from None
+
+
+def _deploy(arguments: argparse.Namespace) -> None:
+    from httpx import ConnectError
+    from prefect.settings import PREFECT_API_URL
+
+    from pipelines.deploy import deploy
+
+    if not (server := PREFECT_API_URL.value()):
+        raise ValueError("PREFECT_API_URL names no server; make prefect, then export PREFECT_API_URL=http://127.0.0.1:4200/api")
+
+    try:
+        for line in deploy(arguments.suffix, arguments.notify, arguments.kubernetes):
+            print(line)
+    except ConnectError as error:
+        raise ValueError(f"no Prefect server at {server} ({error}); start it with make prefect") from None
 
 
 def _experiment(arguments: argparse.Namespace) -> int:
@@ -151,6 +180,12 @@ def _reload(arguments: argparse.Namespace) -> None:
     from pipelines.bento import reload
 
     print(reload(Path.cwd(), arguments.url, arguments.api_key_file))
+
+
+def _serve_smoke(_: argparse.Namespace) -> None:
+    from pipelines.smoke import serve_smoke
+
+    print(serve_smoke(Path.cwd()))
 
 
 def _screenshots(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError, URLError
@@ -16,6 +23,7 @@ from stages.__main__ import read_yaml
 
 SHOWN_BYTES = 64 * 2**20
 """Of a rung that the page shows beside the served model: every Bento carries and opens them all, so the large ones stay at home."""
+READY_SECONDS = 300
 
 
 RELOAD_SECONDS = 600
@@ -84,6 +92,36 @@ def reload(root: Path, url: str, api_key_file: str) -> str:
     except URLError as error:
         raise ValueError(f"nobody answers at {url} ({error.reason}); make serve starts a server") from None
     return f"{url} answers with {said['digest'][:12]}… ({tag}), before with {said['previous'][:12]}…"
+
+
+@contextmanager
+def serving(tag: str) -> Iterator[str]:
+    """The address where the Bento `tag` answers, on a free port of the loopback, until the block ends. Raises ValueError if it does not."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([*bento.BENTOML, "serve", tag, "--port", str(port)], stdout=subprocess.DEVNULL)
+    try:
+        _wait(f"http://127.0.0.1:{port}", server)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait(address: str, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + READY_SECONDS
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=10):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise ValueError(f"the server of the Bento was not ready after {READY_SECONDS} s; make serve shows what it says")
 
 
 def _bytes(folder: Path) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dvc", *arguments]
+    """DVC waits for another of its own in this workspace, which holds the lock only for its own steps, not while a stage's command runs."""
+    return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
 
 
 def environment() -> dict[str, str]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import subprocess
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_from_scratch.serving.package import BENTOML
-from pipelines.bento import package
+from pipelines.bento import package, serving
 
 LARGEST_BYTES = 300_000
-READY_SECONDS = 300
 SETTLED_SECONDS = 0.6
 QUESTIONS = ("What is a stick insect?", "What is the Amazon River?", "What is the capital of France?", "What is Paris?")
 
@@ -29,37 +22,8 @@ def screenshots(root: Path, out: Path, url: str) -> list[Path]:
     """
     if url:
         return _taken(url, out)
-    with _served(package(root, "")) as address:
+    with serving(package(root, "")) as address:
         return _taken(address, out)
-
-
-@contextmanager
-def _served(bento: str) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([*BENTOML, "serve", bento, "--port", str(port)], stdout=subprocess.DEVNULL)
-    try:
-        _wait(f"http://127.0.0.1:{port}", server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def _wait(address: str, server: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + READY_SECONDS
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(f"{address}/readyz", timeout=10):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise ValueError(f"the server of the Bento was not ready after {READY_SECONDS} s; make serve shows what it says")
 
 
 def _taken(address: str, out: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """One node of the graph: `python -m stages train base`. DVC calls this; a person can too.
 
-Beside the graph: import and export of models, documents that join an index or leave it, whence, which says where something comes from, and
-digests, which says whether a rebuild is the same as the committed one.
+Beside the graph: import and export of models, documents that join an index or leave it, sources, which says what changed since it was
+downloaded, whence, which says where something comes from, and digests, which says whether a rebuild is the same as the committed one.
 
 Everything from outside enters here (arguments, environment, YAML) and goes on as values. A mistake a person can mend ends in one line.
 
@@ -26,11 +26,18 @@ if TYPE_CHECKING:
     from llm_from_scratch.training.distributed import Place
 
 STAGES = ("download", "tokenize", "train", "quantize", "finetune", "index", "evaluate", "readme")
-BESIDE = {"import": "exchange", "export": "exchange", "documents": "documents", "whence": "whence", "digests": "digests"}
+BESIDE = {
+    "import": "exchange",
+    "export": "exchange",
+    "documents": "documents",
+    "sources": "sources",
+    "whence": "whence",
+    "digests": "digests",
+}
 """Commands beside the graph, and the modules that have them."""
 EPILOG = (
-    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, whence THING, and digests; "
-    "see their --help."
+    "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, sources, whence THING, and "
+    "digests; see their --help."
 )
 SHARED = ("train",)
 """What several processes can do together."""

@@ -23,7 +23,7 @@ from tests.test_architecture import imported, reached
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(sys.executable).parent
-SERVICES = ("api", "mlflow", "prefect", "worker")
+SERVICES = ("api", "mlflow", "prefect", "worker", "trainer")
 
 
 def read_yaml(name: str) -> dict[str, Any]:
@@ -177,10 +177,10 @@ def test_mlflow_answers_to_the_names_it_is_called_by() -> None:
 
 def test_the_worker_waits_for_its_servers_and_runs_this_folder() -> None:
     worker = service("worker")
-    pool = read_yaml("pipelines/prefect.yaml")["deployments"][0]["work_pool"]["name"]
+    pools = {entry["work_pool"]["name"] for entry in read_yaml("pipelines/prefect.yaml")["deployments"]}
 
     assert all(worker["depends_on"][name] == {"condition": "service_healthy"} for name in ("prefect", "mlflow"))
-    assert worker["command"][worker["command"].index("--pool") + 1] == pool
+    assert {words[words.index("--pool") + 1] for words in (worker["command"], service("trainer")["command"])} == pools
     assert worker["volumes"] == [f".:{worker['working_dir']}"]
     assert worker["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"
 

@@ -1,28 +1,26 @@
-"""A real Prefect server: the deployment with its schedule, the GPU limit, and one flow run through a worker's hands."""
+"""The rebuild as a flow on a real Prefect server, the GPU limit, promotion and profiles. Workers and schedules: test_schedules."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Set
+from concurrent.futures import Future
 from pathlib import Path
-from uuid import UUID
 
 import pytest
 from prefect import flow, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId, TaskRunFilter
-from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
+from zc.lockfile import LockFile
 
 from llm_from_scratch import bundle, registry
 from llm_from_scratch.evaluation.promotion import Scores
-from pipelines import bento, dvc, profiles, promote, rebuild, sweep
+from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, sweep
+from pipelines.graph import parse, touched, walk
+from tests.prefect_runs import artifacts, environment, project, story, tasks, waited
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,67 +45,96 @@ stages:
 """A graph as ours in small. The first download of all fails, as networks do; what `fault` holds breaks the training."""
 
 
-README_STAGE = """\
-def run(params, name, root):
-    (root / "README.md").write_text((root / "reports" / "metrics.json").read_text())
-"""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
-
-
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of its own with a graph of three nodes, and the flows of ours."""
-    root = tmp_path / "project"
-    for code in ("pipelines", "stages"):
-        shutil.copytree(ROOT / code, root / code, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(ROOT / "params.yaml", root / "params.yaml")
-    (root / "stages" / "readme.py").write_text(README_STAGE)
-    (root / "dvc.yaml").write_text(TOY % {"net": tmp_path / "network"})
-    (root / "fault").write_text("none\n")
-    (root / "toy.json").write_text(json.dumps({"ladder": {"b": {"val_bpb": 2.0}}}))
-    (root / "none.json").write_text(json.dumps({"candidates": []}))
+    ladder, nothing = json.dumps({"ladder": {"b": {"val_bpb": 2.0}}}), json.dumps({"candidates": []})
+    files = {"fault": "none\n", "toy.json": ladder, "none.json": nothing}
+    root = project(tmp_path / "project", TOY % {"net": tmp_path / "network"}, **files)
     monkeypatch.chdir(root)
     monkeypatch.delenv("REBUILD_ID", raising=False)
     monkeypatch.setitem(rebuild.FLAKY, "download", [0.1])
-    dvc.output("init", "--no-scm", "--quiet")
     return root
 
 
-def test_nodes_come_after_what_they_stand_on() -> None:
-    order = rebuild.nodes_in_order(
-        'strict digraph {\n"evaluate";\n"train@a" -> "quantize@a";\n"tokenize" -> "train@a";\n"quantize@a" -> "evaluate";\n}'
-    )
-    assert order == ["tokenize", "train@a", "quantize@a", "evaluate"]
+DOT = """strict digraph {
+"evaluate";
+"train@a" -> "quantize@a";
+"tokenize" -> "train@a";
+"quantize@a" -> "evaluate";
+"index" -> "evaluate";
+}"""
+
+
+def walked(dot: str, beside: int, fails: str = "") -> list[set[str]]:
+    """What was under way each time that a node was waited for, those that were started last ending first."""
+    seen: list[set[str]] = []
+
+    def start(node: str) -> Future[str]:
+        future: Future[str] = Future()
+        future.node = node  # type: ignore[attr-defined]
+        if node == fails:
+            future.set_exception(ValueError(f"{node} broke"))
+        else:
+            future.set_result(node)
+        return future
+
+    def first(running: Set[Future[str]]) -> Future[str]:
+        seen.append({future.node for future in running})  # type: ignore[attr-defined]
+        return list(running)[-1]
+
+    try:
+        walk(parse(dot), start, first, beside)
+    except ValueError as error:
+        seen.append({str(error)})
+    return seen
+
+
+def test_one_at_a_time_each_node_comes_after_what_it_stands_on() -> None:
+    order = [node for running in walked(DOT, beside=0) for node in running]
+    assert sorted(order) == sorted(parse(DOT))
+    for node, below in parse(DOT).items():
+        assert all(order.index(other) < order.index(node) for other in below)
+
+
+def test_beside_what_trains_others_run_but_not_more_of_them_than_may() -> None:
+    seen = walked(DOT.replace("}", '"train@b";\n"train@c";\n"download";\n}'), beside=1)
+    assert seen[0] == {"tokenize", "train@b", "train@c"} or seen[0] == {"index", "train@b", "train@c"}
+    assert all(sum(not node.startswith("train") for node in running) <= 1 for running in seen)
+
+
+def test_after_a_node_that_fails_none_is_started_and_those_under_way_end_first() -> None:
+    seen = walked('"train@a";\n"train@b";\n"train@b" -> "index"', beside=1, fails="train@b")
+    assert seen == [{"train@a", "train@b"}, {"train@a"}, {"train@b broke"}]
+
+
+def test_what_stands_on_a_change_may_be_stale_too() -> None:
+    assert touched(parse(DOT), ["train@a"]) == {"train@a", "quantize@a", "evaluate"}
 
 
 def test_the_real_graph_is_ordered_from_download_to_evaluate() -> None:
-    order = rebuild.nodes_in_order(dvc.output("dag", "--dot"))
+    order = [node for running in walked(dvc.output("dag", "--dot"), beside=0) for node in running]
     assert order.index("finetune@sft") < order.index("quantize@chat_int8") < order.index("evaluate")
     assert order[-1] == "evaluate"
     assert sorted(order) == sorted(set(order))
 
 
 def test_only_training_queues_for_the_gpu() -> None:
-    assert [node for node in ("download@x", "train@gpt", "finetune@sft", "index") if rebuild.GPU in rebuild.tags(node)] == [
+    assert [node for node in ("download@x", "train@gpt", "finetune@sft", "index") if gpu.GPU in rebuild.tags(node)] == [
         "train@gpt",
         "finetune@sft",
     ]
 
 
 @pytest.mark.slow
-def test_the_gpu_limit_is_made_once_and_left_as_a_person_set_it(server: None) -> None:
-    rebuild.ensure_gpu_limit(slots=1)
+def test_the_gpu_limit_is_made_once_and_left_as_a_person_set_it(prefect_server: str) -> None:
+    gpu.ensure_limit(slots=1)
     with get_client(sync_client=True) as client:
-        client.update_global_concurrency_limit(rebuild.GPU, _limit(2))
-        rebuild.ensure_gpu_limit(slots=1)
-        found = client.read_global_concurrency_limit_by_name(rebuild.GPU)
+        client.update_global_concurrency_limit(gpu.GPU, _limit(2))
+        gpu.ensure_limit(slots=1)
+        found = client.read_global_concurrency_limit_by_name(gpu.GPU)
         assert found.limit == 2
-        client.update_global_concurrency_limit(rebuild.GPU, _limit(1))
+        client.update_global_concurrency_limit(gpu.GPU, _limit(1))
 
 
 def _limit(slots: int):
@@ -117,23 +144,45 @@ def _limit(slots: int):
 
 
 @pytest.mark.slow
-def test_a_gpu_stage_holds_the_slot_while_it_works_and_gives_it_back(server: None) -> None:
-    rebuild.ensure_gpu_limit()
+def test_a_gpu_stage_holds_the_slot_while_it_works_and_gives_it_back(prefect_server: str) -> None:
+    gpu.ensure_limit()
     seen: list[int] = []
 
     @flow
     def watch() -> None:
-        with rebuild.lease("train@base"), get_client(sync_client=True) as client:
-            seen.append(client.read_global_concurrency_limit_by_name(rebuild.GPU).active_slots)
+        with gpu.lease(), get_client(sync_client=True) as client:
+            seen.append(client.read_global_concurrency_limit_by_name(gpu.GPU).active_slots)
 
     watch()
     with get_client(sync_client=True) as client:
-        seen.append(client.read_global_concurrency_limit_by_name(rebuild.GPU).active_slots)
+        seen.append(client.read_global_concurrency_limit_by_name(gpu.GPU).active_slots)
     assert seen == [1, 0]
 
 
+SIDE_BY_SIDE = """\
+stages:
+  slow: {cmd: "touch started; while ! test -e enough; do sleep 0.1; done; echo 1 > slow", outs: [slow]}
+  fast: {cmd: "echo 1 > fast", outs: [fast]}
+"""
+
+
 @pytest.mark.slow
-def test_a_rebuild_runs_each_node_after_what_it_stands_on_and_a_second_one_runs_none(server: None, toy: Path) -> None:
+def test_two_nodes_of_a_workspace_run_side_by_side_and_the_end_of_one_waits_for_dvcs_lock(tmp_path: Path) -> None:
+    """DVC lets go of its lock around a command. When it wanted it back and another had it for 3 s, what the command made was lost."""
+    root = project(tmp_path / "project", SIDE_BY_SIDE)
+    with subprocess.Popen(dvc.command("repro", "--single-item", "slow"), cwd=root, env=dvc.environment()) as slow:
+        waited((root / "started").exists, 60, "the command did not run")
+        subprocess.run(dvc.command("repro", "--single-item", "fast"), cwd=root, env=dvc.environment(), check=True)
+        held = LockFile(str(root / ".dvc/tmp/lock"))
+        (root / "enough").touch()
+        time.sleep(5)
+        held.close()
+    assert slow.returncode == 0
+    assert (root / "dvc.lock").read_text().count("md5: ") == 2
+
+
+@pytest.mark.slow
+def test_a_rebuild_runs_each_node_after_what_it_stands_on_and_a_second_one_runs_none(prefect_server: str, toy: Path) -> None:
     first = rebuild.rebuild(return_state=True)
     run, said = story(first.state_details.flow_run_id)
     assert first.is_completed()
@@ -152,7 +201,7 @@ def test_a_rebuild_runs_each_node_after_what_it_stands_on_and_a_second_one_runs_
 
 
 @pytest.mark.slow
-def test_a_node_that_fails_stops_the_rebuild_and_says_why_and_the_next_one_goes_on_from_there(server: None, toy: Path) -> None:
+def test_a_node_that_fails_stops_the_rebuild_and_says_why_and_the_next_one_goes_on_from_there(prefect_server: str, toy: Path) -> None:
     (toy / "fault").write_text("broken wire\n")
     failed = rebuild.rebuild(return_state=True)
     run, _ = story(failed.state_details.flow_run_id)
@@ -170,7 +219,7 @@ def test_a_node_that_fails_stops_the_rebuild_and_says_why_and_the_next_one_goes_
 
 
 @pytest.mark.slow
-def test_a_failed_rebuild_is_no_traceback_for_who_called_it(server: None, toy: Path) -> None:
+def test_a_failed_rebuild_is_no_traceback_for_who_called_it(prefect_server: str, toy: Path) -> None:
     (toy / "dvc.yaml").write_text("stages: [none]\n")
     done = subprocess.run(
         [sys.executable, "-m", "pipelines", "rebuild"], cwd=toy, env=environment(), capture_output=True, text=True, check=False
@@ -202,10 +251,10 @@ def test_a_rebuild_that_is_broken_off_ends_what_it_started(tmp_path: Path, monke
         def info(self, line: str) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rebuild, "get_run_logger", Cancelled)
+    monkeypatch.setattr(process, "get_run_logger", Cancelled)
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        rebuild.stream(["sh", "-c", f"(sleep 2; touch {tmp_path}/late) & echo working; sleep 60"])
+        process.stream(["sh", "-c", f"(sleep 2; touch {tmp_path}/late) & echo working; sleep 60"])
     assert time.monotonic() - begin < 30
     time.sleep(3)
     assert not (tmp_path / "late").exists()
@@ -218,67 +267,9 @@ def test_a_last_line_that_says_exit_is_no_failure(monkeypatch: pytest.MonkeyPatc
         def info(self, line: str) -> None:
             pass
 
-    monkeypatch.setattr(rebuild, "get_run_logger", Silent)
-    assert rebuild.stream(["echo", "exit 1"]) == (0, ["exit 1"])
-    assert rebuild.stream(["sh", "-c", "for line in $(seq 30); do echo $line; done; exit 3"]) == (3, [str(n) for n in range(19, 31)])
-
-
-@pytest.mark.slow
-def test_the_nightly_deployment_is_scheduled_and_a_worker_runs_it_in_its_folder(server: None, toy: Path) -> None:
-    prefect("work-pool", "create", "--type", "process", "local", cwd=toy)
-    prefect("--no-prompt", "deploy", "--prefect-file", "pipelines/prefect.yaml", "--all", cwd=toy)
-    with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name("rebuild/nightly")
-        assert deployment.work_pool_name == "local"
-        assert [schedule.schedule.cron for schedule in deployment.schedules] == ["0 3 * * *"]
-        assert deployment.entrypoint == "pipelines/rebuild.py:rebuild"
-        assert deployment.job_variables["env"]["MLFLOW_TRACKING_URI"] == "sqlite:///var/mlflow.db"
-        quiet = {"env": {"MLFLOW_TRACKING_URI": ""}}
-        (toy.parent / "network").touch()
-        ordered = client.create_flow_run_from_deployment(deployment.id, job_variables=quiet)
-    prefect("worker", "start", "--pool", "local", "--run-once", cwd=toy.parent)
-    run, said = story(ordered.id)
-    assert run.state_type == StateType.COMPLETED, said
-    assert (toy / "reports" / "report.md").exists()
-
-
-def story(flow_run: UUID | None) -> tuple[FlowRun, list[str]]:
-    """A run of a flow as the server knows it, and what was logged for it; logs arrive a moment later."""
-    assert flow_run is not None
-    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run]))
-    with get_client(sync_client=True) as client:
-        for _ in range(60):
-            logs = client.read_logs(wanted, limit=200)
-            if any(log.name == "prefect.flow_runs" and "Finished in state" in log.message for log in logs):
-                break
-            time.sleep(0.5)
-        return client.read_flow_run(flow_run), [log.message for log in logs if "Finished in state" not in log.message]
-
-
-def tasks(run: FlowRun) -> list[str]:
-    """The tasks of a run in the order in which they began."""
-    with get_client(sync_client=True) as client:
-        found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])), task_run_filter=TaskRunFilter())
-    return [task.name for task in sorted(found, key=lambda task: task.expected_start_time or run.created)]
-
-
-def artifacts(run: FlowRun) -> dict[str, str]:
-    with get_client(sync_client=True) as client:
-        found = client.read_artifacts(artifact_filter=ArtifactFilter(), flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-    return {str(kept.key): str(kept.data) for kept in found}
-
-
-def environment() -> dict[str, str]:
-    """That of a command which shall find the server of this session."""
-    return {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
-
-
-def prefect(*arguments: str, cwd: Path) -> None:
-    """The real command against the server of this session."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(process, "get_run_logger", Silent)
+    assert process.stream(["echo", "exit 1"]) == (0, ["exit 1"])
+    assert process.stream(["sh", "-c", "for line in $(seq 30); do echo $line; done; exit 3"]) == (3, [str(n) for n in range(19, 31)])
 
 
 def test_what_is_promoted_carries_the_commit_of_its_code(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

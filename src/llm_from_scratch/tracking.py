@@ -106,6 +106,20 @@ def log_files(stage: str, files: Sequence[Path]) -> None:
         _attempt(attach)
 
 
+def rebuild_address(page: str) -> str:
+    """Where MLflow's page at `page` shows this rebuild's parent run; "" where nothing is tracked, or no stage has run in it."""
+    found: list[str] = []
+
+    def find() -> None:
+        client = _client()
+        if parent := _known_parent(client, _connection.rebuild):
+            found.append(f"{page.rstrip('/')}/#/experiments/{client.get_run(parent).info.experiment_id}/runs/{parent}")
+
+    if _connection.uri:
+        _attempt(find)
+    return "".join(found)
+
+
 @contextmanager
 def answering() -> Iterator[MlflowClient]:
     """The store, for work that cannot do without it: what it raises becomes one line. Unlike a log, a registry that fails is a failure."""

@@ -1,0 +1,315 @@
+"""Workers of a real Prefect server: one card for two workspaces, other stages beside it, and a training whose worker is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import psutil
+import pytest
+from prefect import get_client
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
+from ruamel.yaml import YAML
+
+from pipelines import deploy, flows, gpu, process, rebuild
+from tests.prefect_runs import ROOT, artifacts, environment, project, story, tasks, waited
+
+GRAPH = """\
+stages:
+  download:
+    matrix: {source: [a]}
+    cmd: "echo text > raw"
+    outs: [raw]
+  train:
+    foreach: {b: {}}
+    do:
+      cmd: python train.py
+      deps: [raw, train.py]
+      outs: [model]
+  index:
+    cmd: "cp raw index"
+    deps: [raw]
+    outs: [index]
+  evaluate:
+    cmd: "mkdir -p reports; echo '# It works' > reports/report.md; cp toy.json reports/metrics.json; cp none.json reports/verdict.json"
+    deps: [model, index]
+    outs: [reports]
+"""
+TRAIN = """\
+\"""Learns until somebody says that it is enough. Each step is written down with the time, and after a kill it goes on from the last.\"""
+import os, pathlib, time
+
+runs, enough = pathlib.Path("runs"), pathlib.Path("enough")
+runs.mkdir(exist_ok=True)
+step = len(list(runs.iterdir()))
+while not enough.exists():
+    (runs / f"{step:06d}").write_text(f"{time.time()} {os.getpid()}")
+    step += 1
+    time.sleep(0.1)
+pathlib.Path("model").write_text(f"after {step} steps of {os.environ['REBUILD_ID']}")
+"""
+FILES = {
+    "train.py": TRAIN,
+    "toy.json": json.dumps({"ladder": {"b": {"val_bpb": 2.0}}}),
+    "none.json": json.dumps({"candidates": []}),
+}
+BUSY_SECONDS = 120
+"""For anything that takes some seconds on a machine that has nothing else to do."""
+
+
+def steps(workspace: Path) -> list[tuple[float, int]]:
+    """When each step was done, and by which process."""
+    written = [path.read_text().split() for path in sorted((workspace / "runs").glob("*"))]
+    return [(float(when), int(process)) for when, process in filter(None, written)]
+
+
+@contextmanager
+def worker(pool: str, folder: Path) -> Iterator[psutil.Process]:
+    """`prefect worker start`, with all that it started killed at the end."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    with (folder / f"{pool}.log").open("a") as log:
+        started = psutil.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield started
+    finally:
+        kill(started)
+
+
+def kill(started: psutil.Process) -> None:
+    """SIGKILL for it and the flow runs that it started. What these started is left alone."""
+    flow_runs = [child for child in children(started) if "prefect" in " ".join(child.cmdline())]
+    for victim in (started, *flow_runs):
+        victim.kill()
+    psutil.wait_procs([started, *flow_runs], timeout=30)
+
+
+def children(started: psutil.Process) -> list[psutil.Process]:
+    return started.children(recursive=True) if started.is_running() else []
+
+
+def settled(run: FlowRun, seconds: float = BUSY_SECONDS) -> FlowRun:
+    """`run`, once it has ended."""
+
+    def look() -> FlowRun | None:
+        with get_client(sync_client=True) as client:
+            found = client.read_flow_run(run.id)
+        return found if found.state and found.state.is_final() else None
+
+    return waited(look, seconds, f"{run.name} had not ended")
+
+
+def trainings() -> list[FlowRun]:
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("train/gpu")
+        return [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_workspaces_take_turns_with_the_card_and_a_killed_worker_gives_it_back(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One training, by hand, holds the card. A rebuild in another workspace runs beside it all that needs no card, and trains after it;
+    then its worker is killed in the middle of a step, and another one goes on where that was.
+    """
+    ours, theirs = (project(tmp_path / name, GRAPH, **FILES) for name in ("ours", "theirs"))
+    shutil.copyfile(ours / "toy.json", theirs / "raw")
+    monkeypatch.chdir(ours)
+    said = list(deploy.deploy(suffix="", notify="", kubernetes=False, lost_seconds=45))
+    assert "pool gpu: made, of kind process" in said
+    by_hand = subprocess.Popen(
+        [sys.executable, "-c", "from pipelines.rebuild import train; train('train@b')"], cwd=theirs, env=environment()
+    )
+    try:
+        waited(lambda: steps(theirs), BUSY_SECONDS, "no training by hand")
+        with worker("local", tmp_path), worker("gpu", tmp_path) as first:
+            with get_client(sync_client=True) as client:
+                nightly = client.read_deployment_by_name("rebuild/nightly")
+                quiet = {"env": nightly.job_variables["env"] | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}}
+                run = client.create_flow_run_from_deployment(nightly.id, job_variables=quiet)
+            waited(lambda: (ours / "index").exists(), BUSY_SECONDS, "what needs no card did not run beside the training")
+            waited(lambda: [asking for asking in trainings() if asking.state and asking.state.is_running()], BUSY_SECONDS, "nobody waits")
+            (theirs / "enough").touch()
+            assert by_hand.wait(BUSY_SECONDS) == 0
+            waited(lambda: len(steps(ours)) > 5, BUSY_SECONDS, "the card was not handed on")
+            assert steps(ours)[0][0] > steps(theirs)[-1][0] > (ours / "index").stat().st_mtime
+
+            kill(first)
+            killed = time.time()
+            (learner,) = {pid for _, pid in steps(ours)}
+            waited(lambda: not psutil.pid_exists(learner), 20, "the training outlived its flow")
+            with worker("gpu", tmp_path):
+                waited(lambda: len({pid for _, pid in steps(ours)}) == 2, 180, "nobody went on")
+                (ours / "enough").touch()
+                run = settled(run)
+    finally:
+        by_hand.kill()
+    _, lines = story(run.id)
+    assert run.state is not None
+    assert run.state.is_completed(), lines
+    resumed = next(when for when, pid in steps(ours) if pid != learner)
+    assert resumed - killed < gpu.LEASE_SECONDS + 45 + BUSY_SECONDS / 2
+    print(f"the card was used again {resumed - killed:.0f} s after the kill")
+    assert (ours / "model").read_text() == f"after {len(steps(ours))} steps of {run.name}-{str(run.id)[:8]}"
+    assert sorted(str(again.state and again.state.name) for again in trainings()) == ["Completed", "Crashed"]
+    assert {"download@a", "index", "train@b", "evaluate", "readme", "register"} <= set(tasks(run))
+    assert artifacts(run)["report"] == "# It works\n"
+
+
+@pytest.mark.slow
+def test_a_source_that_changed_starts_one_rebuild_that_downloads_it_anew_however_often_one_looks(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC alone does not see that files of a folder changed, so the rebuild is told which downloads to run all the same."""
+    monkeypatch.chdir(project(tmp_path / "project", GRAPH))
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow_from_name("rebuild"), "of-a-test")
+        for _ in range(2):
+            flows.data_changed("rebuild/of-a-test")
+        (started,) = [run for run in client.read_flow_runs() if run.deployment_id == deployment]
+    sources = YAML(typ="safe").load(ROOT / "params.yaml")["download"]["fetch"]
+    assert sorted(started.parameters["again"]) == sorted(f"download@{name}" for name in sources)
+    assert started.tags == ["data-changed"]
+
+
+class Heard(BaseHTTPRequestHandler):
+    """A chat that keeps what it is told."""
+
+    words: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.words.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def chat() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Heard)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_a_failure_is_told_through_the_block_that_the_run_names_and_to_nobody_where_it_names_none(
+    prefect_server: str, chat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project(tmp_path / "project", "stages: [none]\n"))
+    block = CustomWebhookNotificationBlock(name="ops", url=chat, json_data={"title": "{{subject}}", "text": "{{body}}"})
+    block.save("ops", overwrite=True)
+    for notify in ("", "custom-webhook/ops"):
+        state = rebuild.rebuild(notify=notify, return_state=True)
+        assert state.is_failed()
+    (word,) = Heard.words
+    assert word["title"].startswith("rebuild ")
+    assert word["title"].endswith(": Failed")
+    assert "dvc dag" in word["text"]
+
+
+def deployments(suffix: str = "", notify: str = "", tracking_uri: str = "") -> dict[str, dict[str, Any]]:
+    tree = YAML(typ="safe").load(ROOT / "pipelines/prefect.yaml")
+    return {entry["name"]: entry for entry in deploy.named(tree, suffix, notify, tracking_uri)["deployments"]}
+
+
+def test_what_is_deployed_has_an_entrypoint_that_is_there_and_parameters_that_it_takes() -> None:
+    found = deployments()
+    assert list(found) == ["nightly", "gpu", "watch", "sweep", "promote", "serve-smoke"]
+    modules = {"pipelines/rebuild.py": rebuild, "pipelines/flows.py": flows}
+    for entry in found.values():
+        file, _, name = entry["entrypoint"].partition(":")
+        flow = getattr(modules[file], name)
+        flow.validate_parameters(({"node": "train@base"} if flow is rebuild.train else {}) | entry["parameters"])
+        assert entry["work_pool"]["name"] == ("gpu" if "gpu" in entry.get("tags", []) else "local")
+    assert found["nightly"]["schedules"][0]["cron"] == "0 3 * * *"
+
+
+def test_a_second_clone_has_deployments_of_its_own_that_know_each_other() -> None:
+    found = deployments(suffix="-b", notify="slack-webhook/ops", tracking_uri="http://mlflow:5000")
+    assert found["nightly-b"]["parameters"] == {"trainer": "train/gpu-b", "beside": 1, "notify": "slack-webhook/ops"}
+    assert found["watch-b"]["parameters"] == {"rebuild": "rebuild/nightly-b", "notify": "slack-webhook/ops"}
+    assert found["gpu-b"]["parameters"] == {}
+    assert {entry["work_pool"]["job_variables"]["env"]["MLFLOW_TRACKING_URI"] for entry in found.values()} == {"http://mlflow:5000"}
+
+
+def test_what_a_flow_started_ends_when_the_flow_is_killed(tmp_path: Path) -> None:
+    """It used to go on with the card, in a session of its own."""
+    leash = [*process.LEASH, "sh", "-c", f"sleep 2; touch {tmp_path}/late"]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, *leash], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"started\n"
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
+HOLDER = """\
+import subprocess, sys, time
+subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+def kubernetes() -> dict[str, Any]:
+    return json.loads((ROOT / deploy.KUBERNETES).read_text(encoding="utf-8"))
+
+
+def test_the_job_of_a_training_asks_for_cards_and_each_of_its_blanks_has_a_variable() -> None:
+    template = kubernetes()
+    blanks = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert blanks == set(template["variables"]["properties"])
+    (container,) = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == container["resources"]["requests"]["nvidia.com/gpu"] == "{{ gpus }}"
+
+
+@pytest.mark.slow
+def test_a_server_takes_the_pool_of_kubernetes_jobs(prefect_server: str) -> None:
+    with get_client(sync_client=True) as client:
+        made = client.create_work_pool(WorkPoolCreate(name="cluster", type="kubernetes", base_job_template=kubernetes()))
+    assert made.base_job_template["variables"]["properties"]["gpus"]["default"] == 1
+
+
+def test_prefects_kubernetes_worker_makes_a_job_of_the_template() -> None:
+    """Every field of it is one that Kubernetes knows. Without prefect-kubernetes, which is not in the lock, nobody looks."""
+    worker = pytest.importorskip("prefect_kubernetes.worker")
+    models = pytest.importorskip("kubernetes_asyncio.client")
+    make = worker.KubernetesWorkerJobConfiguration.from_template_and_values
+    job = asyncio.run(make(kubernetes(), {"env": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}, "gpus": 2}))
+    job.prepare_for_flow_run(FlowRun(id=uuid4(), name="train", flow_id=uuid4()))
+
+    def check(kind: str, tree: Any) -> None:
+        if kind.startswith("list["):
+            for entry in tree:
+                check(kind[5:-1], entry)
+        elif hasattr(models, kind):
+            names = {json_name: name for name, json_name in getattr(models, kind).attribute_map.items()}
+            assert set(tree) <= set(names), kind
+            for key, value in tree.items():
+                check(getattr(models, kind).openapi_types[names[key]], value)
+
+    check("V1Job", job.job_manifest)
+    (container,) = job.job_manifest["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert {"name": "PYTHONPATH", "value": "/project/src"} in container["env"]
