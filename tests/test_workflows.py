@@ -238,7 +238,8 @@ def commit(project: Path, learns: int) -> str:
 
 @pytest.mark.slow
 def test_the_summary_compares_toy_numbers_with_toy_numbers_and_full_ones_with_full_ones(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "pipelines", tmp_path / "pipelines", ignore=shutil.ignore_patterns("__pycache__"))
+    for code in ("pipelines", "stages"):
+        shutil.copytree(ROOT / code, tmp_path / code, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(GITHUB / "summary.sh", tmp_path / "summary.sh")
     (tmp_path / "reports").mkdir()
     (tmp_path / "profiles").mkdir()
