@@ -190,7 +190,7 @@ def compared_by(params: Params, served: Mapping[str, Any]) -> dict[str, tuple[st
 
 
 def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict[str, Scores]:
-    """What each held-out unit costs each candidate."""
+    """What each held-out unit costs each candidate; the retriever none where no question has a known answer, see `ask`."""
     told = params.evaluate
     held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     exam = Exam.of(held_out, told.promotion.units, {}, told.answer_tokens, told.seed)
@@ -202,7 +202,8 @@ def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict
         base = artifacts / "models" / entry.model if entry else None
         found[name] = scores_of(artifacts / "models" / model, metric, replace(exam, judge=judging), base)
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
-    searched = questions(held_out, told.questions, told.choices, told.seed)
+    known = any(document.description for document in held_out)
+    searched = questions(held_out, told.questions, told.choices, told.seed) if known else []
     return found | {RETRIEVER: Scores("1 - mrr", search_units(index, searched))}
 
 
@@ -218,7 +219,13 @@ def verdict(
     params: Params, metrics: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest], scores: Mapping[str, str]
 ) -> dict[str, Any]:
     """Which bundles may become versions, what each was worth, and the rule by which a champion moves; `pipelines promote` applies it."""
-    rows = metrics["ladder"] | metrics["finetune"] | metrics["alignment"] | metrics["quantize"] | {RETRIEVER: metrics["retrieval"]["fused"]}
+    rows = (
+        metrics["ladder"]
+        | metrics["finetune"]
+        | metrics["alignment"]
+        | metrics["quantize"]
+        | {RETRIEVER: metrics["retrieval"].get("fused", {})}
+    )
     models = {name: model for name, (model, _) in compared_by(params, metrics["served"]).items()} | {RETRIEVER: RETRIEVER}
     return {
         "served": metrics["served"]["model"],
