@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from math import isnan
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_from_scratch import bundle, progress, tokenizer, tracking
 from llm_from_scratch.config import Params
-from llm_from_scratch.data.documents import read_documents
+from llm_from_scratch.data.documents import Document, read_documents
 from llm_from_scratch.data.questions import questions
 from llm_from_scratch.data.shards import open_shards
 from llm_from_scratch.evaluation.heatmaps import attention_of
@@ -190,7 +190,7 @@ def compared_by(params: Params, served: Mapping[str, Any]) -> dict[str, tuple[st
 
 
 def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict[str, Scores]:
-    """What each held-out unit costs each candidate; the retriever none where no question has a known answer, see `ask`."""
+    """What each held-out unit costs each candidate."""
     told = params.evaluate
     held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     exam = Exam.of(held_out, told.promotion.units, {}, told.answer_tokens, told.seed)
@@ -201,10 +201,15 @@ def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict
         judging = bundle.read_manifest(artifacts / "models" / model).facts.get("judge", judging)
         base = artifacts / "models" / entry.model if entry else None
         found[name] = scores_of(artifacts / "models" / model, metric, replace(exam, judge=judging), base)
+    return found | {RETRIEVER: Scores("1 - mrr", searched(params, artifacts, held_out))}
+
+
+def searched(params: Params, artifacts: Path, held_out: Sequence[Document]) -> Mapping[str, tuple[float, float]]:
+    """What each held-out question costs the retriever; none where no question has a known answer, see `ask`."""
+    if not any(document.description for document in held_out):
+        return {}
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
-    known = any(document.description for document in held_out)
-    searched = questions(held_out, told.questions, told.choices, told.seed) if known else []
-    return found | {RETRIEVER: Scores("1 - mrr", search_units(index, searched))}
+    return search_units(index, questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed))
 
 
 def write_scores(folder: Path, scores: Mapping[str, Scores]) -> dict[str, str]:
