@@ -343,7 +343,7 @@ def test_a_profile_becomes_settings_that_dvc_understands() -> None:
 def test_an_unknown_profile_is_one_line_with_those_there_are() -> None:
     done = subprocess.run([sys.executable, "-m", "pipelines", "experiment", "smok"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == "pipelines experiment: no profile 'smok'; there is cluster, gpu, smoke"
+    assert done.stderr.strip() == "pipelines experiment: no profile 'smok'; there is cluster, gpu, own_documents, smoke"
 
 
 def test_a_grid_is_lists_of_what_is_tried_in_the_form_that_dvc_combines() -> None:

@@ -25,7 +25,7 @@ from llm_from_scratch.spool import Patient, Record, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion as ModelVersion  # for `registry` too
 
 EXPERIMENT = "llm-from-scratch"
 BATCH = 200  # metrics written at once: one call to sqlite costs some 40 ms however many it carries

@@ -119,11 +119,12 @@ def way_back(name: str, number: str = "") -> ModelVersion:
     if not versions:
         raise ValueError(f"no registered model {name}; there is {', '.join(models) or 'none: python -m pipelines promote registers them'}")
     known = ", ".join(sorted(versions, key=int))
-    if number and number not in versions:
-        raise ValueError(f"{name} has no version {number}; there is {known}")
     if not number and previous is None:
         raise ValueError(f"{name} never had another champion; name a version with --to, of {known}")
-    return versions[number or str(previous.version)]
+    wanted = number or str(previous and previous.version)
+    if wanted not in versions:
+        raise ValueError(f"{name} has no version {wanted}; there is {known}")
+    return versions[wanted]
 
 
 def version_with(digest: str) -> ModelVersion:
