@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     reload = commands.add_parser("reload", help="store the chosen model and let a running server take it over, with nobody cut off")
     reload.add_argument("--url", default="http://127.0.0.1:3000", help="the server (default: http://127.0.0.1:3000)")
     reload.add_argument("--api-key-file", default="", help="the file with the server's key, if it has one (default: none)")
+    reload.add_argument("--champion", action="store_true", help="the registry's champions, whatever evaluate chose last")
     reload.set_defaults(do=_reload)
 
     smoke = commands.add_parser("serve-smoke", help="package, serve on a free port, ask, check whose answer it is, and stop")
@@ -179,7 +180,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _reload(arguments: argparse.Namespace) -> None:
     from pipelines.bento import reload
 
-    print(reload(Path.cwd(), arguments.url, arguments.api_key_file))
+    print(reload(Path.cwd(), arguments.url, arguments.api_key_file, arguments.champion))
 
 
 def _serve_smoke(_: argparse.Namespace) -> None:

@@ -74,12 +74,12 @@ def serve(root: Path, host: str, port: int, api_key_file: str, champion: bool = 
     bento.serve(package(root, api_key_file, champion), host, port)
 
 
-def reload(root: Path, url: str, api_key_file: str) -> str:
+def reload(root: Path, url: str, api_key_file: str, champion: bool = False) -> str:
     """Store the chosen model and let the server at `url`, which has the same store, take it over; what came of it, in a line.
 
     Nobody who is being answered is cut off. Raises ValueError where the server refuses or is not there.
     """
-    tag = store(root)
+    tag = store(root, champion)
     headers = {"Content-Type": "application/json"}
     if api_key_file:
         headers["Authorization"] = f"Bearer {read_key(Path(api_key_file))}"

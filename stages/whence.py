@@ -26,6 +26,7 @@ from typing import Any
 
 from llm_from_scratch import bundle, tracking
 from llm_from_scratch.bundle import Manifest
+from llm_from_scratch.registry.remembered import remembered
 
 PLACES = ("artifacts/*", "artifacts/*/*", "var/index", "var/bentoml/models/*/*/*", "var/bentoml/models/*/*/rungs/*")
 """Where bundles lie; the packaged ones come last, being copies."""
@@ -177,7 +178,7 @@ class Chains:
         facts |= built(project, made.made_by, self.content(project.root / folder))
         parents = {role: self.parent(made, digest) for role, digest in made.parents.items()}
         here = {parent.what: self.content(project.root / parent.what) for parent in parents.values() if parent.what in project.bundles}
-        facts |= tracking.remembered(made.made_by, made.digest, here, facts.get("params", {}))
+        facts |= remembered(made.made_by, made.digest, here, facts.get("params", {}))
         return Link(folder, made.kind, facts | {"facts": made.facts}, parents)
 
     def parent(self, child: Manifest, digest: str) -> Link:
@@ -195,7 +196,7 @@ class Chains:
         facts: dict[str, Any] = {"made_by": "readme, from evaluate" if str(path) in PAGES else "evaluate", "numbers": METRICS, "keys": keys}
         facts |= committed(self.project.root, path)
         facts |= {"params": self.project.params.get("evaluate", {}), "params_from": "params.yaml as it is now"}
-        facts |= tracking.remembered("evaluate", "", {}, facts["params"])
+        facts |= remembered("evaluate", "", {}, facts["params"])
         places = dict.fromkeys(place for key in keys for place in self.places(key))
         return Link(
             path.as_posix(), "figure" if path.suffix == ".png" else "page", facts, {place: self.reported(place) for place in places}

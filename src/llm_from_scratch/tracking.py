@@ -7,7 +7,6 @@ in the spool and is delivered at the next connection.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +122,9 @@ def rebuild_address(page: str) -> str:
 @contextmanager
 def answering() -> Iterator[MlflowClient]:
     """The store, for work that cannot do without it: what it raises becomes one line. Unlike a log, a registry that fails is a failure."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     try:
         yield _client()
     except ValueError:
@@ -134,6 +136,14 @@ def answering() -> Iterator[MlflowClient]:
 def connected() -> Connection:
     """What `connect` was told last."""
     return _connection
+
+
+def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Params by path, as MLflow takes them: no value is longer than 500 characters."""
+    found: dict[str, str] = {}
+    for key, value in params.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)[:500]}
+    return found
 
 
 def rebuild_run(client: MlflowClient) -> str:
@@ -162,21 +172,6 @@ def aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
         if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:  # the latter for an alias that was never set
             raise
         return None
-
-
-def read_artifact(client: MlflowClient, run: str, path: str) -> str:
-    """A small text file of a run. Raises ValueError where the run has none such."""
-    import tempfile
-
-    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
-    from mlflow.exceptions import MlflowException
-
-    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return Path(client.download_artifacts(run, path, folder)).read_text(encoding="utf-8")
-        except (MlflowException, OSError) as error:
-            raise ValueError(f"run {run} has no {path} any more ({' '.join(str(error).split())[:120]})") from None
 
 
 Answer = Callable[[list[str], Mapping[str, Any]], list[str]]
@@ -214,45 +209,6 @@ def be_pyfunc(open_version: Callable[[Mapping[str, Any]], Answer]) -> None:
     set_model(Version())
 
 
-def remembered(made_by: str, digest: str, inputs: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, Any]:
-    """What MLflow knows: versions with this digest, and the last finished run of this node that read the same with the same params."""
-    if not _connection.uri:
-        return {}
-    try:
-        client = _client()
-        versions = client.search_model_versions(f"tags.digest = '{digest}'") if digest else []
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        finished = f"attributes.run_name = '{made_by}' and attributes.status = 'FINISHED'"
-        newest = ["attributes.start_time DESC"]
-        runs = client.search_runs([experiment.experiment_id], finished, order_by=newest) if experiment else []
-    except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): the chain does not depend on it
-        return {"mlflow": f"cannot be asked: {' '.join(str(error).split())[:160]}"}
-    known: dict[str, Any] = {}
-    if versions:
-        known["registered"] = [f"{found.name} version {found.version}{_during(found.tags)}" for found in versions]
-    now = _flat(params)
-    for run in runs:
-        read = {given.dataset.name: given.dataset.digest for given in run.inputs.dataset_inputs}
-        same_inputs = all(f"{read[name]}.dir" == found for name, found in inputs.items() if name in read)
-        if same_inputs and all(_agree(value, now[name]) for name, value in run.data.params.items() if name in now):
-            known["mlflow"] = f"run {run.info.run_id}{_during(run.data.tags)}"
-            break
-    return known
-
-
-def _during(tags: Mapping[str, str]) -> str:
-    return f" of rebuild {tags.get('rebuild') or 'unknown'}, code {tags.get('revision') or 'not recorded'}"
-
-
-def _agree(noted: str, now: str) -> bool:
-    """Whether a param is the same, but for how Python writes numbers and sequences; what MLflow noted is cut at 500 characters."""
-    try:
-        return float(noted) == float(now)
-    except ValueError:
-        then, today = (re.sub(r"[\[\](), ]", "", value) for value in (noted, now))
-        return then == today or (len(noted) == 500 and today.startswith(then))
-
-
 class _Run:
     """One nested run, its metrics buffered, those of the machine among them. What fails in MLflow is said once and stops no work."""
 
@@ -274,7 +230,7 @@ class _Run:
             self.complain(error)
         tags = {"stage": stage, **_connection.tags()}
         inputs = {path: _connection.digests[path].removesuffix(".dir") for path in reads if path in _connection.digests}
-        self.put("begin", title=title, tags=tags, params=_flat(params), inputs=inputs)
+        self.put("begin", title=title, tags=tags, params=flat(params), inputs=inputs)
         self.machine.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -378,14 +334,6 @@ def _known_parent(client: MlflowClient, rebuild: str) -> str:
     of_this = f"tags.rebuild = '{rebuild}' and tags.level = 'rebuild'"
     found = client.search_runs([_experiment(client)], of_this, max_results=1)
     return str(found[0].info.run_id) if found else ""
-
-
-def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Params by path, as MLflow takes them: no value is longer than 500 characters."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)[:500]}
-    return flat
 
 
 def _log_inputs(client: MlflowClient, run: str, digests: Mapping[str, str]) -> None:

@@ -154,7 +154,12 @@ def _compared(client: Any, champion: ModelVersion, version: ModelVersion, rule: 
 def _scores_of(client: Any, version: ModelVersion) -> Scores:
     if not (place := version.tags.get("artifacts", "")):
         raise ValueError(f"version {version.version} was registered without scores")
-    return Scores.from_json(tracking.read_artifact(client, version.run_id, f"{place}/{SCORES}"))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            text = Path(client.download_artifacts(version.run_id, f"{place}/{SCORES}", folder)).read_text(encoding="utf-8")
+        except Exception as error:  # MLflow's, or whatever keeps its artifacts
+            raise ValueError(f"the scores of version {version.version} cannot be read ({' '.join(str(error).split())[:120]})") from None
+    return Scores.from_json(text)
 
 
 def _crown(client: Any, version: ModelVersion, replaced: str) -> None:
