@@ -53,12 +53,14 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="drills.") as place:
         try:
-            ground = at_hand(arguments.built) if arguments.built else built(Path(place), say)
+            ground = opened(arguments.built.resolve()) if arguments.built else built(Path(place), say)
         except (RuntimeError, ValueError, OSError) as error:
             print(f"drills: {error}", file=sys.stderr)
             return 1
-        rows = [held(name, ground) for name in chosen]
-    write(arguments.out, rows)
+        rows = []
+        for name in chosen:
+            rows.append(held(name, ground))
+            write(arguments.out, rows)  # each time: drills take minutes, and are broken off
     return 1 if any(row["failed"] for row in rows) else 0
 
 
@@ -70,10 +72,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--built", type=Path, help="a clone in which the toy graph is built already (default: build one)")
     parser.add_argument("--out", type=Path, default=PROJECT / "reports", help="the folder for drills.md and drills.json")
     return parser.parse_args()
-
-
-def at_hand(clone: Path) -> Ground:
-    return opened(clone.resolve())
 
 
 def held(name: str, ground: Ground) -> dict[str, Any]:

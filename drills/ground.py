@@ -144,6 +144,7 @@ def built(place: Path, say: Callable[[str], None]) -> Ground:
     ground.seconds[node] = time.monotonic() - since
     if process.wait():
         raise RuntimeError(f"the toy graph was not built: {' / '.join(lines(''.join(said))[-4:])}")
+    (root / TIMES).parent.mkdir(exist_ok=True)
     (root / TIMES).write_text(json.dumps(ground.seconds), encoding="utf-8")
     return ground
 

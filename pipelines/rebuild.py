@@ -98,8 +98,9 @@ def register(mlflow_page: str) -> None:
 
 @task(cache_policy=NO_CACHE, task_run_name="readme")
 def fill_readme() -> None:
-    """README.md's tables and SUMMARY.md, from the numbers of this run. Raises CommandFailed."""
-    require("readme", [sys.executable, "-m", "stages", "readme"])
+    """README.md's tables and SUMMARY.md, from the numbers of this run, and its digests held against the committed. Raises CommandFailed."""
+    for what in ("readme", "digests"):
+        require(what, [sys.executable, "-m", "stages", what])
 
 
 def repro(node: str, force: bool) -> None:

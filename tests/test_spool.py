@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +104,34 @@ def test_a_killed_process_leaves_its_records_and_half_a_line_is_none(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_slow_store_is_not_asked_beyond_its_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(spool.time, "monotonic", lambda: now[0])
-    asked = []
+def test_a_slow_store_keeps_its_process_for_its_grace_and_no_longer(tmp_path: Path) -> None:
+    store, heard, grace = Store(), list[Exception](), 0.3
 
     def slow(key: str, record: Record) -> None:
-        asked.append(record["n"])
-        now[0] += 4.0
+        time.sleep(0.2)
+        store.tell(key, record)
 
-    heard: list[Exception] = []
-    run = Spool(tmp_path, "run", Patient(slow, grace=10.0, share=0.1, since=0.0), heard.append)
+    started = time.monotonic()
+    run = Spool(tmp_path, "run", Patient(slow, grace, share=0.0), heard.append)
     for n in range(100):
         run.put({"n": n})
-    assert asked == [0, 1, 2], "three times four seconds are more than ten and a tenth of twelve"
-    assert str(heard[0]) == "it has kept this process for 12 s"
-    now[0] += 600.0
-    run.put({"n": 100})
-    assert asked[3] == 0, "and ten minutes later it may take another minute"
-    assert len(asked) < 25
+    run.close()
+    assert time.monotonic() - started < 2 * grace
+    assert store.told in ([("run", 0)], [("run", 0), ("run", 1)]), "one that was given up may still arrive"
+    assert "kept this process for 0 s" in str(heard[0])
+    store.told.clear()
+    spool.deliver(tmp_path, store.tell)
+    assert store.told == [("run", n) for n in range(100)]
+
+
+def test_what_a_patient_store_raises_is_raised() -> None:
+    store = Store()
+    patient = Patient(store.tell, grace=10.0, share=0.0)
+    patient("run", {"n": 0})
+    store.away = True
+    with pytest.raises(ConnectionError, match="nobody answers"):
+        patient("run", {"n": 1})
+    assert store.told == [("run", 0)]
 
 
 def test_without_a_folder_what_is_not_taken_is_dropped(tmp_path: Path) -> None:

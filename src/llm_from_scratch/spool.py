@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,22 +23,37 @@ SUFFIX = ".jsonl"
 
 @dataclass
 class Patient:
-    """A `tell` that asks no more of a store which has kept this process for `grace` seconds and a `share` of the time that went by."""
+    """A `tell` that keeps its process for `grace` seconds and a `share` of the time that goes by, and no longer: what takes more is given
+    up, and as long as it is stuck nothing else is asked. Raises TimeoutError, and what `tell` does."""
 
     tell: Tell
     grace: float
     share: float
     spent: float = 0.0
     since: float = field(default_factory=time.monotonic)
+    stuck: threading.Thread | None = None
 
     def __call__(self, key: str, record: Record) -> None:
-        if self.spent > self.grace + self.share * (time.monotonic() - self.since):
-            raise TimeoutError(f"it has kept this process for {self.spent:.0f} s")
         started = time.monotonic()
+        left = self.grace + self.share * (started - self.since) - self.spent
+        if left <= 0 or (self.stuck is not None and self.stuck.is_alive()):
+            raise TimeoutError(f"it has kept this process for {self.spent:.0f} s")
+        raised: list[Exception] = []
+        thread = threading.Thread(target=self._tell, args=(key, record, raised), daemon=True)
+        thread.start()
+        thread.join(left)
+        self.spent += time.monotonic() - started
+        if thread.is_alive():
+            self.stuck = thread
+            raise TimeoutError(f"no answer, and it has kept this process for {self.spent:.0f} s")
+        if raised:
+            raise raised[0]
+
+    def _tell(self, key: str, record: Record, raised: list[Exception]) -> None:
         try:
             self.tell(key, record)
-        finally:
-            self.spent += time.monotonic() - started
+        except Exception as error:  # handed to whoever waits
+            raised.append(error)
 
 
 class Spool:

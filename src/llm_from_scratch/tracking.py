@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from llm_from_scratch import spool
 from llm_from_scratch.hardware import Readings
-from llm_from_scratch.spool import Patient, Record, Spool
+from llm_from_scratch.spool import Patient, Record, Spool, Tell
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -219,7 +218,7 @@ class _Run:
         self.pending: list[tuple[str, float, int, int]] = []
         self.machine = Readings()
         self.read = 0
-        self.tell = Patient(_record, *((inf, 0.0) if _connection.uri.startswith("sqlite:") else (GRACE, SHARE)))
+        self.tell: Tell = _record if _connection.uri.startswith("sqlite:") else Patient(_record, GRACE, SHARE)
         self.spool = Spool(_connection.spool, uuid4().hex, self.tell, self.complain)
 
     def start(self, title: str, stage: str, params: Mapping[str, Any], reads: Sequence[str]) -> None:
