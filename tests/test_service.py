@@ -550,6 +550,7 @@ BLOCK = f"import sys\nsys.path[:] = [folder for folder in sys.path if folder != 
 PACKAGE_AND_BUILD = """
 import json, sys
 from pathlib import Path
+from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import build, package
 
 model, floats, index, embedder, root = map(Path, sys.argv[1:6])
