@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -123,7 +122,7 @@ def _stored(parts: Parts, model: Path, environment: dict[str, str]) -> str:
 def running(
     command: list[str], log: Path, address: str, ready: str, environment: dict[str, str], folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, once GET `ready` is answered; killed with its children in the end. Raises ValueError with its last words."""
+    """A server, once GET `ready` is answered; killed with its family in the end. Raises ValueError with its last words."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -134,9 +133,17 @@ def running(
             time.sleep(0.2)
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """BentoML's workers have groups of their own, and would outlive their parent."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):  # the parent first, as it would start them again
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
 
 
 def _answers(url: str) -> bool:
