@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -27,7 +28,9 @@ import json, sys
 from pathlib import Path
 from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import package
-print(package(*map(Path, sys.argv[1:4]), ServeParams.model_validate(json.loads(sys.argv[4]))))
+limits = ServeParams.model_validate(json.loads(sys.argv[1]))
+index, embedder, *models = map(Path, sys.argv[2:])
+print(*(package(model, index, embedder, limits) for model in models))
 """
 SERVICE = "llm_from_scratch.serving.service:LanguageModel"
 START_SECONDS = 180
@@ -99,23 +102,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@cache
+def store(parts: Parts, home: Path) -> tuple[str, str]:
+    """Puts both models into the store at `home`, the one to serve last, which makes it the one that is served; its tag, and the other's."""
+    packed = [parts.limits.model_dump_json(), *map(str, (parts.index, parts.embedder, parts.floats, parts.model))]
+    command = [sys.executable, "-c", PACKAGE, *packed]
+    said = subprocess.run(command, env=_environment(home), check=True, stdout=subprocess.PIPE, text=True).stdout
+    floats, served = said.split()[-2:]
+    return served, floats
+
+
 @contextmanager
-def serving(parts: Parts, home: Path) -> Iterator[Server]:
-    """A server of `parts`, ready; `home` becomes its store."""
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT / "src")}
-    floats, served = (_stored(parts, model, environment) for model in (parts.floats, parts.model))  # the last is what it serves
+def serving(home: Path, tags: tuple[str, str]) -> Iterator[Server]:
+    """A server of what was stored last in `home`, ready."""
     port = free_port()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--port", str(port)]
-    with running(command, home.parent / "server.log", f"http://127.0.0.1:{port}", "/readyz", environment, ROOT / "src") as process:
+    with running(command, home.parent / "server.log", f"http://127.0.0.1:{port}", "/readyz", _environment(home), ROOT / "src") as process:
         workers = [child for child in psutil.Process(process.pid).children() if "_bentoml_impl.worker.service" in " ".join(child.cmdline())]
-        yield Server(f"http://127.0.0.1:{port}", process, workers[0], (served, floats))
+        yield Server(f"http://127.0.0.1:{port}", process, workers[0], tags)
 
 
-def _stored(parts: Parts, model: Path, environment: dict[str, str]) -> str:
-    packed = [str(model), str(parts.index), str(parts.embedder), parts.limits.model_dump_json()]
-    return subprocess.run(
-        [sys.executable, "-c", PACKAGE, *packed], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.split()[-1]
+def _environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT / "src")}
 
 
 @contextmanager
