@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--project", type=Path, default=ROOT, help="the folder of a project that was built")
     parser.add_argument("--part", nargs="+", choices=[*PARTS, PEER], default=[*PARTS, PEER], help="what to measure now")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the parts that were done are kept"))  # and its servers end with it
     effort = QUICK if arguments.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         parts = toy(Path(folder)) if arguments.quick else built(arguments.project)
