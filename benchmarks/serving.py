@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import serving_peer, table
 from benchmarks.serving_clients import Load, Told, told
-from benchmarks.serving_server import ROOT, Parts, Server, built, serving, toy
+from benchmarks.serving_server import ROOT, Parts, Server, built, serving, store, toy
 
 FIFTHS = 5
 
@@ -216,23 +216,20 @@ PEER = "peer"
 
 
 def measured(part: str, parts: Parts, effort: Effort, folder: Path) -> list[dict[str, Any]]:
-    """The rows of a part."""
+    """The rows of a part; `folder` keeps the store for the next one."""
     if part == PEER:
         return serving_peer.compare(parts, folder, effort.compared, effort.tokens, ask, row)
-    home = folder / part
-    home.mkdir()
-    with serving(parts, home / "bentoml") as server:
+    tags = store(parts, folder / "bentoml")
+    with serving(folder / "bentoml", tags) as server:
         return PARTS[part](Bench(server, parts, effort))
 
 
-def kept(out: Path, new: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The `new` rows by part, with those of the parts that were measured before and not now, in the order of the parts."""
+def kept(out: Path, part: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows of a part, with those of the others as they were measured before, in the order of the parts."""
     file = out / "serving.json"
     old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    rows = []
-    for part in (*PARTS, PEER):
-        rows += [{"part": part, **line} for line in new[part]] if part in new else [line for line in old if line["part"] == part]
-    return rows
+    every = [line for line in old if line["part"] != part] + [{"part": part, **line} for line in rows]
+    return sorted(every, key=lambda line: [*PARTS, PEER].index(line["part"]))
 
 
 def main() -> None:
@@ -240,19 +237,21 @@ def main() -> None:
     parser.add_argument("--project", type=Path, default=ROOT, help="the folder of a project that was built")
     parser.add_argument("--part", nargs="+", choices=[*PARTS, PEER], default=[*PARTS, PEER], help="what to measure now")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the parts that were done are kept"))  # and its servers end with it
     effort = QUICK if arguments.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
         parts = toy(Path(folder)) if arguments.quick else built(arguments.project)
-        new = {part: measured(part, parts, effort, Path(folder)) for part in arguments.part}
-    settings = {
-        "model": parts.model.name,
-        "peers' model": parts.floats.name,
-        "slots": parts.limits.slots,
-        "waiting": parts.limits.maximum_waiting,
-        "answers": f"{effort.tokens} tokens",
-        **table.packages("bentoml", "uvicorn", "aiohttp", "transformers"),
-    }
-    table.write(arguments.out, "serving", "The service under load", kept(arguments.out, new), settings, NOTES)
+        settings = {
+            "model": parts.model.name,
+            "peers' model": parts.floats.name,
+            "slots": parts.limits.slots,
+            "waiting": parts.limits.maximum_waiting,
+            "answers": f"{effort.tokens} tokens",
+            **table.packages("bentoml", "uvicorn", "aiohttp", "transformers"),
+        }
+        for part in arguments.part:
+            rows = kept(arguments.out, part, measured(part, parts, effort, Path(folder)))
+            table.write(arguments.out, "serving", "The service under load", rows, settings, NOTES)
 
 
 NOTES = [

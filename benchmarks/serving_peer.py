@@ -19,7 +19,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from benchmarks.serving_clients import PROMPTS, Load, Told
-from benchmarks.serving_server import ROOT, Parts, free_port, running, serving
+from benchmarks.serving_server import ROOT, Parts, free_port, running, serving, store
 
 PEERS = {
     f"transformers serve {version('transformers')}": [],
@@ -61,8 +61,10 @@ def compare(
 @contextmanager
 def ours(parts: Parts, folder: Path) -> Iterator[tuple[str, str]]:
     """The address of our server, and the name that it knows the model by."""
-    with tempfile.TemporaryDirectory(dir=folder) as home, serving(parts, Path(home) / "bentoml") as server:
-        yield server.address, parts.limits.model_name
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        tags = store(parts, Path(home) / "bentoml")
+        with serving(Path(home) / "bentoml", tags) as server:
+            yield server.address, parts.limits.model_name
 
 
 @contextmanager

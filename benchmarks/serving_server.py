@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -28,7 +28,9 @@ import json, sys
 from pathlib import Path
 from llm_from_scratch.serving.limits import ServeParams
 from llm_from_scratch.serving.package import package
-print(package(*map(Path, sys.argv[1:4]), ServeParams.model_validate(json.loads(sys.argv[4]))))
+limits = ServeParams.model_validate(json.loads(sys.argv[1]))
+index, embedder, *models = map(Path, sys.argv[2:])
+print(*(package(model, index, embedder, limits) for model in models))
 """
 SERVICE = "llm_from_scratch.serving.service:LanguageModel"
 START_SECONDS = 180
@@ -100,30 +102,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@cache
+def store(parts: Parts, home: Path) -> tuple[str, str]:
+    """Puts both models into the store at `home`, the one to serve last, which makes it the one that is served; its tag, and the other's."""
+    packed = [parts.limits.model_dump_json(), *map(str, (parts.index, parts.embedder, parts.floats, parts.model))]
+    command = [sys.executable, "-c", PACKAGE, *packed]
+    said = subprocess.run(command, env=_environment(home), check=True, stdout=subprocess.PIPE, text=True).stdout
+    floats, served = said.split()[-2:]
+    return served, floats
+
+
 @contextmanager
-def serving(parts: Parts, home: Path) -> Iterator[Server]:
-    """A server of `parts`, ready; `home` becomes its store."""
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT / "src")}
-    floats, served = (_stored(parts, model, environment) for model in (parts.floats, parts.model))  # the last is what it serves
+def serving(home: Path, tags: tuple[str, str]) -> Iterator[Server]:
+    """A server of what was stored last in `home`, ready."""
     port = free_port()
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--port", str(port)]
-    with running(command, home.parent / "server.log", f"http://127.0.0.1:{port}", "/readyz", environment, ROOT / "src") as process:
+    with running(command, home.parent / "server.log", f"http://127.0.0.1:{port}", "/readyz", _environment(home), ROOT / "src") as process:
         workers = [child for child in psutil.Process(process.pid).children() if "_bentoml_impl.worker.service" in " ".join(child.cmdline())]
-        yield Server(f"http://127.0.0.1:{port}", process, workers[0], (served, floats))
+        yield Server(f"http://127.0.0.1:{port}", process, workers[0], tags)
 
 
-def _stored(parts: Parts, model: Path, environment: dict[str, str]) -> str:
-    packed = [str(model), str(parts.index), str(parts.embedder), parts.limits.model_dump_json()]
-    return subprocess.run(
-        [sys.executable, "-c", PACKAGE, *packed], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.split()[-1]
+def _environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT / "src")}
 
 
 @contextmanager
 def running(
     command: list[str], log: Path, address: str, ready: str, environment: dict[str, str], folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, once GET `ready` is answered; killed with its children in the end. Raises ValueError with its last words."""
+    """A server, once GET `ready` is answered; killed with its family in the end. Raises ValueError with its last words."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:
@@ -134,9 +141,17 @@ def running(
             time.sleep(0.2)
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """BentoML's workers have groups of their own, and would outlive their parent."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):  # the parent first, as it would start them again
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
 
 
 def _answers(url: str) -> bool:

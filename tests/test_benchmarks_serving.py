@@ -50,7 +50,7 @@ def test_a_part_that_is_measured_again_leaves_the_others_rows_where_they_were(tm
     before = [{"part": part, "what": what} for part, what in (("loads", "a"), ("memory", "b"), ("memory", "c"), ("peer", "d"))]
     (tmp_path / "serving.json").write_text(json.dumps({"rows": before}), encoding="utf-8")
 
-    again = serving.kept(tmp_path, {"memory": [{"what": "e"}]})
+    again = serving.kept(tmp_path, "memory", [{"what": "e"}])
     assert again == [before[0], {"part": "memory", "what": "e"}, before[3]]
 
 

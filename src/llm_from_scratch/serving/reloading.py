@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import Context
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -67,7 +68,8 @@ class Served:
         new.meter = old.meter
         self.now, self._leaving = new, old
         new.report()
-        self._parting = asyncio.create_task(self._part())
+        # In a context of its own: that of the request leads to the model that leaves, and a task keeps its context.
+        self._parting = asyncio.get_running_loop().create_task(self._part(), context=Context())
         return old, new
 
     def close(self) -> None:
@@ -102,5 +104,9 @@ class OneForAll:
         if scope["type"] != "http" or self.served.now is None:
             return await self.app(scope, receive, send)
         with self.served.use() as responder:
-            scope.setdefault("state", {})["responder"] = responder
-            await self.app(scope, receive, send)
+            state = scope.setdefault("state", {})
+            state["responder"] = responder
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                del state["responder"]  # an idle connection keeps the scope of its last request
