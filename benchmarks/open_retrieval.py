@@ -143,7 +143,6 @@ def main() -> None:
         "answer_tokens": held_out.params.answer_tokens,
         "passages": held_out.params.passages,
         "models": {row["model"]: row.pop("digest")[:16] for row in rows},
-        **table.packages("transformers"),
     }
     table.write(arguments.out, "open_retrieval", "A real open model, and ours, with and without retrieval", rows, settings, NOTES)
 
@@ -231,7 +230,7 @@ def conditions(asked: Asked, task: Task, wanted: Sequence[str], journal: Journal
             "accuracy": means["accuracy"],
             "95%": f"{means['accuracy_low']:.3f} … {means['accuracy_high']:.3f}",
             "lift": 100 * float(gained.mean()),
-            "of the lift": f"{low:.1f} … {high:.1f}" if condition != "none" else "",
+            "95% of the lift": f"{low:.1f} … {high:.1f}" if condition != "none" else "",
             "by what it changes": means["accuracy_pmi"],
             "F1": means["f1"],
             "exact match": means["exact_match"],

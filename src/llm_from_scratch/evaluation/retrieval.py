@@ -198,11 +198,14 @@ def _read(
 ) -> tuple[Tensor, list[list[int]]]:
     """Q prompts to the score of each choice (Q, C), and the greedy answers."""
     longest = max(len(ids) for row in choices for ids in row)
+    orders = [np.argsort([len(ids) for ids in row], kind="stable").tolist() for row in choices]
+    by_length = [[row[place] for place in order] for row, order in zip(choices, orders, strict=True)]  # so that little is padding
     slots = SlotCache(model, len(prompts), max(map(len, prompts)) + max(answer_tokens, longest))
     with evaluating(model):
         after = _prompted(forward, slots, prompts)
-        scores = [_scored(forward, slots, after, offered) for offered in zip(*choices, strict=True)]
-        return torch.stack(scores, 1), _greedy(forward, slots, after, answer_tokens, ends)
+        scores = torch.stack([_scored(forward, slots, after, offered) for offered in zip(*by_length, strict=True)], 1)
+        places = torch.tensor(orders, device=scores.device)
+        return torch.empty_like(scores).scatter_(1, places, scores), _greedy(forward, slots, after, answer_tokens, ends)
 
 
 def _prompted(forward: Forward, slots: SlotCache, prompts: Sequence[list[int]]) -> Tensor:
