@@ -15,13 +15,13 @@ from llm_from_scratch.inference import batching as steps
 from llm_from_scratch.inference.batching import Batcher, Batching
 from llm_from_scratch.inference.decoding import decoder, last_logits
 from llm_from_scratch.inference.engine import Engine, Piece, PromptTooLong
-from llm_from_scratch.inference.fused import FusedLlama, forward_of
+from llm_from_scratch.inference.fused import FusedLlama, forward_of, head_of
 from llm_from_scratch.inference.kv_cache import CacheFull, SlotCache
 from llm_from_scratch.inference.lookup import Lookup
-from llm_from_scratch.inference.quantize import quantize
+from llm_from_scratch.inference.quantize import dequantized, quantize, quantized_layers
 from llm_from_scratch.inference.sampling import Sampling, generate
 from llm_from_scratch.model.gpt import GptParams
-from llm_from_scratch.model.llama import LlamaParams
+from llm_from_scratch.model.llama import Llama, LlamaParams
 from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.model.registry import build, save_model
 from llm_from_scratch.tokenizer import BpeTokenizer
@@ -268,6 +268,8 @@ def test_a_closed_batcher_breaks_off_and_takes_nothing_more() -> None:
         ({"capacity": 1}, "batching.capacity: found 1, wanted at least 2"),
         ({"lookup": -1}, "batching.lookup: found -1"),
         ({"lookup": 4, "same_bits": True}, "same_bits rules that out"),
+        ({"draft": -1}, "batching.draft: found -1"),
+        ({"draft": 4, "same_bits": True}, "draft of 4 reads several tokens when a request is alone; same_bits rules that out"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict[str, int], words: str) -> None:
@@ -334,6 +336,28 @@ def test_packing_leaves_the_names_the_numbers_and_the_memory_as_they_were() -> N
     assert torch.equal(second.layers[0].qkv(x)[:, :32], layer(x))
 
 
+@pytest.mark.parametrize("scheme", ["int8_weight", "int8_dynamic"])
+def test_small_8_bit_matrices_are_unpacked_to_the_numbers_that_they_stand_for(scheme: str) -> None:
+    model = quantize(drawn("llama"), scheme)  # type: ignore[arg-type]
+    plain = drawn("llama")
+    for name, layer in quantized_layers(model).items():
+        plain.get_parameter(f"{name}.weight").data = dequantized(layer)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        found = forward_of(model)(ids, SlotCache(model, 1, CONTEXT).rows(0, 1, 5, [0]), True)
+        assert torch.allclose(found, plain(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [61, 7000])
+def test_a_head_in_parts_gives_the_logits_of_the_whole(vocab: int) -> None:
+    model = drawn("llama", vocab)
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    assert isinstance(model, Llama)
+    with torch.inference_mode():
+        for rows in (1, 3, 4, 16):
+            assert torch.allclose(head_of(model)(x[:rows]), x[:rows] @ model.model.embed_tokens.weight.T, atol=1e-5)
+
+
 # Looking up
 
 
@@ -365,6 +389,47 @@ def test_looking_up_takes_fewer_forwards_where_a_text_repeats() -> None:
     assert len(tokens) == 40
     assert len(forwards) < 20
     assert max(forwards) == 5
+
+
+# Drafting
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("sampling", [*settings(4), Sampling(temperature=0, max_tokens=200)])
+@pytest.mark.parametrize("lookup", [0, 3])
+def test_drafting_changes_no_token(name: str, sampling: Sampling, lookup: int) -> None:
+    model = drawn(name)
+    text = [5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9]
+    alone = list(generate(model, text, sampling, EOT))
+    batcher = Batcher(model, Batching(slots=2, prefill_chunk=8, draft=4, lookup=lookup))
+    assert [token for token, _ in batcher.tokens(text, sampling, {EOT})] == alone
+    asked = [(text, sampling), ([1, 2], Sampling(temperature=0, max_tokens=9))]  # two read a token each, then one is alone
+    assert together(batcher, asked) == [alone, list(generate(model, *asked[1], EOT))]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0, max_tokens=40), Sampling(temperature=1.0, max_tokens=40, seed=5)])
+def test_most_of_what_an_8_bit_copy_drafts_is_right_also_where_the_text_is_drawn(sampling: Sampling) -> None:
+    """Five tokens a forward at best, so eight for forty; a guess of the likeliest token would seldom be what temperature 1 draws."""
+    model = drawn("llama")
+    batcher = Batcher(model, Batching(slots=1, prefill_chunk=CONTEXT, draft=4))
+    inner, forwards = batcher._forward, []
+    batcher._forward = lambda ids, rows, every: (forwards.append(ids.size(1)), inner(ids, rows, every))[1]
+    assert len(list(batcher.tokens([3, 4], sampling, ()))) == 40
+    assert len(forwards) <= 14
+
+
+def test_a_draft_holds_a_copy_of_the_layers_and_the_embedding_of_the_model_itself() -> None:
+    model = drawn("llama")
+    batcher = Batcher(model, Batching(slots=1, prefill_chunk=8, draft=4))
+    assert batcher._draft is not None
+    copied = batcher._draft._model
+    assert copied.get_parameter("model.embed_tokens.weight") is model.get_parameter("model.embed_tokens.weight")
+    assert copied.get_buffer("model.layers.0.mlp.up_proj.weight").dtype == torch.int8
+
+
+def test_a_model_without_a_quicker_copy_is_not_drafted_for() -> None:
+    with pytest.raises(ValueError, match=r"batching\.draft: a Gpt has no 8-bit copy that is quicker; 0 is off"):
+        Batcher(drawn("gpt"), Batching(slots=1, prefill_chunk=8, draft=4))
 
 
 # The engine

@@ -53,20 +53,23 @@ def dequantize(weight: Tensor, largest: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module, ABC):
-    """In place of a Linear: `weight` (N, K) int8, `SCB` (N,) float32, and `bias` (N,) or none; the names are bitsandbytes'."""
+    """In place of a Linear: `weight` (N, K) int8, `SCB` (N,) float32, and `bias` (N,) or none; the names are bitsandbytes'.
+
+    One that is not `stored` is made anew of what is: it leaves no tensors in a state.
+    """
 
     weight: Tensor
     SCB: Tensor
     scale: Tensor
     ones: Tensor
 
-    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None, stored: bool = True) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self.register_buffer("weight", weight)
-        self.register_buffer("SCB", largest)
-        self.register_buffer("weight_format", torch.tensor(0, dtype=torch.uint8))  # bitsandbytes' word for row by row
+        self.register_buffer("weight", weight, persistent=stored)
+        self.register_buffer("SCB", largest, persistent=stored)
+        self.register_buffer("weight_format", torch.tensor(0, dtype=torch.uint8), persistent=stored)  # bitsandbytes' word for row by row
         self.register_buffer("scale", largest / STEPS, persistent=False)
 
     @classmethod
@@ -90,8 +93,8 @@ class Int8Linear(nn.Module, ABC):
 class WeightOnly(Int8Linear):
     """The kernel `int8_weight`: 8-bit weights, activations and unscaled sums in bfloat16."""
 
-    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__(weight, largest, bias)
+    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None, stored: bool = True) -> None:
+        super().__init__(weight, largest, bias, stored)
         self.register_buffer("ones", torch.ones_like(self.scale, dtype=torch.bfloat16), persistent=False)
 
     def product(self, x: Tensor) -> Tensor:
