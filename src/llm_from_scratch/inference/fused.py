@@ -34,6 +34,8 @@ Forward = Callable[[Tensor, SlotRows, bool], Tensor]
 """ids (B, T), where they go, and whether all logits are wanted: (B, T, V), or (B, 1, V) of the last place only."""
 Product = Callable[[Tensor], Tensor]
 """(M, inputs) to (M, outputs)."""
+Matrix = Tensor | Int8Linear
+"""By columns, (inputs, outputs), or in 8 bits."""
 FEW_ROWS, ROWS = 3, 3072
 """Tokens up to which the whole head is multiplied at once, and rows of it at a time for more."""
 
@@ -55,7 +57,7 @@ class FusedLlama:
 
     def __call__(self, ids: Tensor, rows: SlotRows, every: bool) -> Tensor:
         B, T = ids.shape
-        x = F.embedding(ids.flatten(), self.trunk.embed_tokens.weight)
+        x = torch.embedding(self.trunk.embed_tokens.weight, ids.flatten())
         cos, sin = (table.view(-1, 1, self.shape.head_dim).to(x.dtype) for table in self.turns(past_of(rows), T))
         for layer in self.layers:
             x = layer(x, cos, sin, rows, B)
@@ -72,14 +74,14 @@ class FusedBlock:
         self.place, self.shape = place, shape
         self.before_attention, self.before_mlp = norm(block.input_layernorm), norm(block.post_attention_layernorm)
         self.qk_norms = (norm(attention.q_norm), norm(attention.k_norm)) if shape.qk_norm else None
-        self.qkv = packed([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up = packed([mlp.gate_proj, mlp.up_proj])
-        self.out, self.down = packed([attention.o_proj]), packed([mlp.down_proj])
+        self.qkv = product(packed([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self.gate_up = product(packed([mlp.gate_proj, mlp.up_proj]))
+        self.out, self.down = added(packed([attention.o_proj])), added(packed([mlp.down_proj]))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, rows: SlotRows, B: int) -> Tensor:
-        x = x + self.out(self.attend(self.before_attention(x), cos, sin, rows, B))
+        x = self.out(x, self.attend(self.before_attention(x), cos, sin, rows, B))
         gate, up = self.gate_up(self.before_mlp(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return self.down(x, F.silu(gate) * up)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor, rows: SlotRows, B: int) -> Tensor:
         """What the heads gathered, (M, H·D)."""
@@ -97,20 +99,30 @@ class FusedBlock:
         return answers.transpose(1, 2).reshape(len(x), H * D)
 
 
-def packed(layers: Sequence[nn.Module]) -> Product:
-    """One product in place of several of the same input, their outputs side by side; the layers then hold views of its weight."""
+def packed(layers: Sequence[nn.Module]) -> Matrix:
+    """One matrix in place of several of the same input, their outputs side by side; the layers then hold views of it."""
     sizes = [cast(int, layer.out_features) for layer in layers]
-    if isinstance(layers[0], Int8Linear):
-        return _eight_bits(cast(Sequence[Int8Linear], layers), sizes)
-    weights = [cast(nn.Parameter, layer.weight) for layer in layers]
-    return partial(torch.mm, mat2=_by_columns(weights, sizes))
+    if not isinstance(layers[0], Int8Linear):
+        return _by_columns([cast(nn.Parameter, layer.weight) for layer in layers], sizes)
+    whole = layers[0] if len(layers) == 1 else _joined(cast(Sequence[Int8Linear], layers), sizes)
+    small = whole.weight.numel() <= SMALL_WEIGHT
+    return dequantize(whole.weight, whole.SCB).t().contiguous() if small else whole
 
 
-def _eight_bits(layers: Sequence[Int8Linear], sizes: list[int]) -> Product:
-    whole = layers[0] if len(layers) == 1 else _joined(layers, sizes)
-    if whole.weight.numel() <= SMALL_WEIGHT:
-        return partial(torch.mm, mat2=dequantize(whole.weight, whole.SCB).t().contiguous())
-    return whole.product
+def product(matrix: Matrix) -> Product:
+    """x to x · matrix."""
+    if not isinstance(matrix, Int8Linear):
+        return partial(torch.mm, mat2=matrix)
+    sums, scale = matrix.sums(), matrix.scale
+    return lambda x: sums(x).mul(scale)
+
+
+def added(matrix: Matrix) -> Callable[[Tensor, Tensor], Tensor]:
+    """x and y to x + y · matrix."""
+    if not isinstance(matrix, Int8Linear):
+        return partial(torch.addmm, mat2=matrix)
+    sums, scale = matrix.sums(), matrix.scale
+    return lambda x, y: x.addcmul(sums(y), scale)
 
 
 def _joined(layers: Sequence[Int8Linear], sizes: list[int]) -> Int8Linear:
@@ -138,7 +150,7 @@ def head_of(model: Llama) -> Product:
     """(M, C) to logits (M, V)."""
     head: nn.Module | None = model.lm_head
     if isinstance(head, Int8Linear):
-        return head.product
+        return product(head)
     weight = cast(nn.Parameter, (head or model.model.embed_tokens).weight)
     return lambda x: F.linear(x, weight) if len(x) <= FEW_ROWS else _by_rows(x, weight)
 

@@ -22,6 +22,7 @@ Shapes: M tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -32,6 +33,8 @@ STEPS = 127
 """Whole numbers on each side of zero; -128 is not used, so that the range is symmetric."""
 FEW = 16
 """Up to so many tokens at once are bound by reading the weights (see benchmarks/quantization.py)."""
+TINY = torch.tensor(torch.finfo(torch.float32).tiny)
+"""So that a token of zeros is not divided by zero."""
 LANES = 16
 """torch's packed kernel takes so many inputs at once, and for a row that ends in between it adds up what lies behind it."""
 
@@ -85,9 +88,16 @@ class Int8Linear(nn.Module, ABC):
         product = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
-    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x (M, K) times the weights, (M, N)."""
+        return self.sums()(x).mul(self.scale)
+
+    @abstractmethod
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        """x (M, K) to (M, N), where each output is still to be multiplied by its `scale`.
+
+        It holds the tensors of now: a module is asked for them in as much time as a small operation takes.
+        """
 
 
 class WeightOnly(Int8Linear):
@@ -97,20 +107,29 @@ class WeightOnly(Int8Linear):
         super().__init__(weight, largest, bias, stored)
         self.register_buffer("ones", torch.ones_like(self.scale, dtype=torch.bfloat16), persistent=False)
 
-    def product(self, x: Tensor) -> Tensor:
-        narrow = x.bfloat16()
-        if len(x) <= FEW and self.in_features % LANES == 0 and x.device.type == "cpu":
-            return torch._weight_int8pack_mm(narrow, self.weight, self.ones) * self.scale  # its own scales would be bfloat16 too
-        return F.linear(narrow.float(), self.weight.float()).bfloat16() * self.scale
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        weight, ones, aligned = self.weight, self.ones, self.in_features % LANES == 0 and self.weight.device.type == "cpu"
+
+        def multiply(x: Tensor) -> Tensor:
+            narrow = x.bfloat16()
+            if len(x) <= FEW and aligned:
+                return torch._weight_int8pack_mm(narrow, weight, ones)  # its own scales would be bfloat16 too
+            return F.linear(narrow.float(), weight.float()).bfloat16()
+
+        return multiply
 
 
 class Dynamic(Int8Linear):
     """The kernel `int8_dynamic`: 8-bit weights, and activations rounded to 8 bits as they come."""
 
-    def product(self, x: Tensor) -> Tensor:
-        step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / STEPS
-        rounded = (x / step).round().to(torch.int8)
-        return torch._int_mm(rounded, self.weight.t()) * step * self.scale
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        weight = self.weight.t()
+
+        def multiply(x: Tensor) -> Tensor:
+            step = torch.add(TINY, x.abs().amax(1, True), alpha=1 / STEPS)
+            return torch._int_mm(x.div(step).round_().to(torch.int8), weight).mul(step)
+
+        return multiply
 
 
 KERNELS: dict[str, type[Int8Linear]] = {"int8_weight": WeightOnly, "int8_dynamic": Dynamic}
