@@ -109,13 +109,13 @@ def opened(folder: Path) -> nn.Module:
     model = load_bundle(folder)
     if not isinstance(model, nn.Module) or not getattr(model, "supports_cache", False):
         raise ValueError(f"{folder} holds a {type(model).__name__}, which keeps no keys and values; give a gpt or llama")
-    return model
+    return model.requires_grad_(False)
 
 
 def untrained(shape: LlamaShape) -> Llama:
     """Every weight drawn, also those that would start at zero."""
     torch.manual_seed(0)
-    model = Llama(shape).eval()
+    model = Llama(shape).eval().requires_grad_(False)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:

@@ -134,6 +134,7 @@ def prepare(folder: Path, text: str, arguments: argparse.Namespace, work: Path) 
     words, model = tokenizer.load(folder), load_bundle(folder)
     if not isinstance(model, Gpt | Llama):
         raise ValueError(f"{folder} holds a {type(model).__name__}; give a gpt or a llama")
+    model.requires_grad_(False)
     prompt, tokens = words.encode(PROMPT), arguments.tokens
     runs: dict[str, Callable[[], Run]] = {FP32: engine_run(model, words, prompt, tokens, ALONE)}
     if isinstance(model, Llama):

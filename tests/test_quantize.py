@@ -345,7 +345,7 @@ def test_a_model_that_an_engine_has_packed_is_quantized_to_the_same_bits(shape: 
     """Its weights lie by columns then, and the kernels read rows."""
     model = trained(shape)
     before = quantize(model, "int8_dynamic")
-    forward_of(model)
+    forward_of(model.requires_grad_(False))
     assert torch.equal(logits_of(quantize(model, "int8_dynamic"), ids_of(9)), logits_of(before, ids_of(9)))
 
 

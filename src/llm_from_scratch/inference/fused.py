@@ -4,9 +4,10 @@ Queries, keys and values are one product instead of three, and so are gate and u
 head are read as so many queries; only the last place goes through the head. The numbers are those of the model's own forward but for the
 last bits. What is no plain Llama (a gpt, a wrapped one, bitsandbytes' layers) goes through its own forward.
 
-The packed matrices take the place of those they were made from, which become views of them: same names, no more memory. They lie in
-memory by columns, inputs first. For a few tokens at once that is where a CPU's BLAS is quick: eight rows of 576 numbers by a matrix of
-3,072 take it 1.3 times as long as one row, and by rows three times (MKL, AVX-512); a small matrix is read twice as fast by one.
+The packed matrices take the place of those they were made from, which become views of them: same names, no more memory. Those that no
+longer learn lie in memory by columns, inputs first. For a few tokens at once that is where a CPU's BLAS is quick: eight rows of 576 numbers
+by a matrix of 3,072 take it 1.3 times as long as one row, and by rows three times (MKL, AVX-512); a small matrix is read twice as fast by
+one. Those that may learn on stay by rows, because an optimizer may write to a matrix as if it were one piece.
 
 8-bit matrices stay by rows, as their kernels want them, but for small ones: those are unpacked to float32 for this forward, because out of
 a core's own cache four bytes come sooner than activations are rounded to one.
@@ -103,7 +104,7 @@ def packed(layers: Sequence[nn.Module]) -> Matrix:
     """One matrix in place of several of the same input, their outputs side by side; the layers then hold views of it."""
     sizes = [cast(int, layer.out_features) for layer in layers]
     if not isinstance(layers[0], Int8Linear):
-        return _by_columns([cast(nn.Parameter, layer.weight) for layer in layers], sizes)
+        return _side_by_side([cast(nn.Parameter, layer.weight) for layer in layers], sizes)
     whole = layers[0] if len(layers) == 1 else _joined(cast(Sequence[Int8Linear], layers), sizes)
     small = whole.weight.numel() <= SMALL_WEIGHT
     return dequantize(whole.weight, whole.SCB).t().contiguous() if small else whole
@@ -133,14 +134,17 @@ def _joined(layers: Sequence[Int8Linear], sizes: list[int]) -> Int8Linear:
     return whole
 
 
-def _by_columns(weights: Sequence[nn.Parameter], sizes: list[int]) -> Tensor:
-    """The weights side by side, (C, N), inputs first. Where they lie so already, because this was done before, nothing is copied."""
-    first, width = weights[0].data, sum(sizes)
-    begins = [first.data_ptr() + first.element_size() * sum(sizes[:place]) for place in range(len(sizes))]
+def _side_by_side(weights: Sequence[nn.Parameter], sizes: list[int]) -> Tensor:
+    """(C, N) of weights (…, C). Where they lie in memory as they should, because this was done before, nothing is copied."""
+    first, width, inputs = weights[0].data, sum(sizes), weights[0].size(1)
+    learning = any(weight.requires_grad for weight in weights)
+    strides, step = ((inputs, 1), inputs) if learning else ((1, width), 1)
+    begins = [first.data_ptr() + first.element_size() * step * sum(sizes[:place]) for place in range(len(sizes))]
     one_storage = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
-    if one_storage and all(weight.stride() == (1, width) and weight.data_ptr() == at for weight, at in zip(weights, begins, strict=True)):
-        return first.as_strided((first.size(1), width), (width, 1))
-    whole = torch.cat([weight.data.t() for weight in weights], 1).contiguous()
+    if one_storage and all(weight.stride() == strides and weight.data_ptr() == at for weight, at in zip(weights, begins, strict=True)):
+        return first.as_strided((inputs, width), strides[::-1])
+    rows = [weight.data for weight in weights]
+    whole = torch.cat(rows).t() if learning else torch.cat([part.t() for part in rows], 1).contiguous()
     for weight, part in zip(weights, whole.split(sizes, 1), strict=True):
         weight.data = part.t()
     return whole
