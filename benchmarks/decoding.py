@@ -99,7 +99,13 @@ def main() -> None:
     if not models:
         parser.error("no model; give --model FOLDER, such as artifacts/models/sft")
     rows = [row for name, model in models.items() for row in measured(name, model, effort)]
-    settings = {"new_tokens": effort.tokens, "prompt_tokens": PROMPT, "rounds": effort.rounds, **table.packages("transformers")}
+    settings = {
+        "new_tokens": effort.tokens,
+        "prompt_tokens": PROMPT,
+        "rounds": effort.rounds,
+        **table.waiting(),
+        **table.packages("transformers"),
+    }
     table.write(arguments.out, "decoding", "Tokens a second of the engine, on a CPU", rows, settings, NOTES)
 
 
