@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from llm_from_scratch.model.llama import Llama, LlamaParams
 from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.model.registry import build, save_model
 from llm_from_scratch.tokenizer import BpeTokenizer
+from tests import tiny
 
 VOCAB, EOT, CONTEXT = 61, 60, 48
 LLAMA = LlamaParams(
@@ -525,6 +527,16 @@ def test_rungs_without_a_cache_score_and_give_log_probabilities_too() -> None:
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         list(engine.complete("ab", Sampling(temperature=0, max_tokens=1)))
+
+
+def test_a_model_that_is_opened_to_answer_learns_no_more_and_one_that_is_lent_goes_on(tmp_path: Path) -> None:
+    """An optimizer may write to a matrix as if it were one piece, so only what is opened to answer is laid out by columns."""
+    opened = Engine.open(tiny.tiny_model(tmp_path / "model")).model
+    assert isinstance(opened, nn.Module)
+    assert not any(weight.requires_grad for weight in opened.parameters())
+    lent = drawn("llama", BYTES.vocab_size).requires_grad_(True)
+    Engine(lent, BYTES)
+    assert all(weight.requires_grad and weight.is_contiguous() for weight in lent.parameters())
 
 
 def test_an_engine_of_one_slot_reads_as_the_decoder_does(bytes_model: nn.Module) -> None:
