@@ -18,6 +18,7 @@ from benchmarks import table
 from llm_from_scratch import bundle
 from llm_from_scratch.inference.batching import Batcher, Batching
 from llm_from_scratch.inference.decoding import last_logits
+from llm_from_scratch.inference.int8 import Int8Linear
 from llm_from_scratch.inference.quantize import KINDS, load_bundle, quantize
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.model import registry
@@ -51,8 +52,9 @@ TOY = LlamaShape(
     tied=True,
     norm_eps=1e-5,
 )
-PROMPT, CONCURRENT, LOOKUP = 16, (1, 4, 16), 6
+PROMPT, CONCURRENT, LOOKUP, DRAFT = 16, (1, 4, 16), 6, 7
 PEER, OURS = "transformers.generate, fp32", "fp32"
+STREAM = "weights read once"
 
 NOTES = [
     "Greedy, without text or HTTP: ids in, ids out. `tokens/s` is all new tokens by the time from the call to the last of them, the prompt "
@@ -60,9 +62,12 @@ NOTES = [
     "`transformers` is the faster of its two rows: as many threads as the machine has cores, and one. A small model is faster with "
     "one, so our engine takes one for it by itself; a large one is bound by reading its weights.",
     "`uncached` reads the whole text again for every token. For it, forwards at nine lengths were timed and summed up in between.",
-    "In fp32 every token of one request reads every weight once, here as there: what can be saved is the work around it, which is most of "
-    "the time in a small model and little in one of 135 M.",
-    "int8 takes the linear layers of the blocks only; embedding and head stay in float32 (in the 135 M shape a fifth of all weights).",
+    f"`fp32, drafting` is fp32's own text: an 8-bit copy of the model writes {DRAFT} tokens ahead, and a forward in fp32 checks them all.",
+    f"`{STREAM}` writes nothing: it sums as many numbers as the weights that a token needs hold bytes (the embedding counts as the head), "
+    "with all threads. No engine that reads every weight for every token is faster, so its `× transformers` is what there is to gain in "
+    "fp32 without drafting. In a small model the weights stay in the processor's caches, and the calls are what takes the time.",
+    "int8 takes the linear layers of the blocks, and the head where it is large (`quantize.LARGE_HEAD`). Matrices that stay in a core's "
+    "cache are unpacked to float32 once (see `inference/fused.py`), so in a small model int8 is the same work as fp32.",
     "`requests` come from as many threads and share steps (`Batching(slots=16)`); `× one` is against one request in the same engine.",
     f"`lookup` guesses {LOOKUP} tokens from the text itself, and `repeating` is the same without: one request whose prompt says the same "
     "twice. Its text is the same; how far it repeats depends on the model (untrained ones do so sooner or later).",
@@ -94,7 +99,13 @@ def main() -> None:
     if not models:
         parser.error("no model; give --model FOLDER, such as artifacts/models/sft")
     rows = [row for name, model in models.items() for row in measured(name, model, effort)]
-    settings = {"new_tokens": effort.tokens, "prompt_tokens": PROMPT, "rounds": effort.rounds, **table.packages("transformers")}
+    settings = {
+        "new_tokens": effort.tokens,
+        "prompt_tokens": PROMPT,
+        "rounds": effort.rounds,
+        **table.waiting(),
+        **table.packages("transformers"),
+    }
     table.write(arguments.out, "decoding", "Tokens a second of the engine, on a CPU", rows, settings, NOTES)
 
 
@@ -104,13 +115,13 @@ def opened(folder: Path) -> nn.Module:
     model = load_bundle(folder)
     if not isinstance(model, nn.Module) or not getattr(model, "supports_cache", False):
         raise ValueError(f"{folder} holds a {type(model).__name__}, which keeps no keys and values; give a gpt or llama")
-    return model
+    return model.requires_grad_(False)
 
 
 def untrained(shape: LlamaShape) -> Llama:
     """Every weight drawn, also those that would start at zero."""
     torch.manual_seed(0)
-    model = Llama(shape).eval()
+    model = Llama(shape).eval().requires_grad_(False)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
@@ -125,9 +136,14 @@ def measured(name: str, model: Any, effort: Effort) -> list[dict[str, Any]]:
     prompts = torch.randint(0, model.vocab_size, (max(effort.requests), PROMPT), generator=generator).tolist()
     repeating = prompts[0][: PROMPT // 2] * 2
     runs: dict[str, Callable[[], float]] = dict(peers(model, prompts[0], new))
+    runs[STREAM] = reading(weight_bytes(model), new)
     runs[OURS] = writing(model, Batching(slots=1, prefill_chunk=512), [prompts[0]], new)
+    if isinstance(model, Llama):
+        runs[f"{OURS}, drafting"] = writing(model, Batching(slots=1, prefill_chunk=512, draft=DRAFT), [prompts[0]], new)
     for scheme in ("int8_weight", "int8_dynamic"):
-        runs[scheme] = writing(quantize(model, scheme), Batching(slots=1, prefill_chunk=512), [prompts[0]], new)  # type: ignore[arg-type]
+        small = quantize(model, scheme)  # type: ignore[arg-type]
+        runs[f"{STREAM}, {scheme}"] = reading(weight_bytes(small), new)
+        runs[scheme] = writing(small, Batching(slots=1, prefill_chunk=512), [prompts[0]], new)
     shared = Batching(slots=max(effort.requests), prefill_chunk=512, capacity=PROMPT + new)
     for count in effort.requests:
         runs[f"requests: {count}"] = writing(model, shared, prompts[:count], new)
@@ -186,6 +202,29 @@ def writing(model: nn.Module, batching: Batching, prompts: Sequence[list[int]], 
         for thread in threads:
             thread.join()
         return perf_counter() - started
+
+    return run
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of the matrices that a token is multiplied by; the embedding is the head, where that has no copy of its own."""
+    matrices = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.state_dict().values(), *model.buffers()) if tensor.dim() == 2}
+    if isinstance(getattr(model, "lm_head", None), Int8Linear):
+        del matrices[model.get_parameter("model.embed_tokens.weight").data_ptr()]
+    return sum(matrices.values())
+
+
+def reading(size: int, new: int) -> Callable[[], float]:
+    """Seconds to read `size` bytes from memory `new` times, as told from a few."""
+    numbers = torch.ones(size // 4)
+
+    def run() -> float:
+        times = []
+        for _ in range(5):
+            started = perf_counter()
+            numbers.sum()
+            times.append(perf_counter() - started)
+        return new * median(times)
 
     return run
 

@@ -43,6 +43,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def waiting() -> dict[str, str]:
+    """What OpenMP's threads do between two products: `PASSIVE` lets others run, which a lone benchmark pays for with their waking up."""
+    return {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default")}
+
+
 def packages(*names: str) -> dict[str, str]:
     """The peers' versions, as installed."""
     return {name: version(name) for name in names}

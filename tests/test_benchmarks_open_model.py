@@ -22,7 +22,10 @@ def test_each_peer_has_its_row_and_one_that_is_missing_is_said_to_be(tmp_path: P
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "open_model.json").read_text(encoding="utf-8"))
     rows = {row["by"]: row for row in found["rows"]}
-    assert {"ours, fp32", "ours, int8_weight", "transformers, fp32"} <= rows.keys()
+    assert {"ours, fp32", "ours, fp32, drafting", "ours, int8_weight", "transformers, fp32"} <= rows.keys()
+    assert rows["ours, fp32, drafting"]["same ids"] == "8 of 8"
+    assert rows["ours, fp32"]["loss"] == "+0.000%"
+    assert rows["ours, int8_weight"]["loss"]
     assert rows["transformers, fp32"]["same ids"] == "8 of 8"
     assert rows["transformers, fp32"]["speed"] == 1
     assert {name for name in rows if name.startswith("llama")} == ({"llama.cpp, F16", "llama.cpp, Q8_0"} if LLAMA_CPP else set())

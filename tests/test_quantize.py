@@ -20,7 +20,9 @@ from llm_from_scratch.data.shards import write_shards
 from llm_from_scratch.evaluation.compare import compare
 from llm_from_scratch.evaluation.speed import batch_latency, latency, prefill, resident_mb, size_mb, step_seconds
 from llm_from_scratch.inference import int8
+from llm_from_scratch.inference import quantize as quantizing
 from llm_from_scratch.inference.decoding import decoder
+from llm_from_scratch.inference.fused import forward_of
 from llm_from_scratch.inference.int8 import Dynamic, WeightOnly
 from llm_from_scratch.inference.kv_cache import KVCache
 from llm_from_scratch.inference.quantize import (
@@ -297,6 +299,54 @@ def test_nf4_refuses_rows_that_do_not_divide_into_its_blocks() -> None:
     with pytest.raises(ValueError, match="nf4 works on blocks of 64 weights and found 96 inputs; choose int8"):
         quantize(model, "nf4")
     assert quantized_layers(quantize(model, "int8"))
+
+
+@pytest.fixture
+def every_head_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizing, "LARGE_HEAD", VOCAB * 64)
+
+
+@pytest.mark.usefixtures("every_head_is_large")
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight"])
+def test_a_large_tied_head_is_an_8_bit_copy_of_the_embedding_which_is_looked_up_as_it_was(tmp_path: Path, scheme: str) -> None:
+    plain = trained("llama")
+    model = quantize(plain, scheme)
+    head, table = model.get_submodule("lm_head"), plain.get_parameter("model.embed_tokens.weight")
+    assert isinstance(head, int8.Int8Linear)
+    assert torch.equal(model.get_parameter("model.embed_tokens.weight"), table)
+    assert torch.equal(int8.dequantize(head.weight, head.SCB), int8.dequantize(*int8.round_rows(table.detach())))
+    assert "lm_head" not in quantized_layers(model)
+
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    wanted = x @ int8.dequantize(head.weight, head.SCB).T
+    gap = (head(x) - wanted).abs().max() / wanted.std()
+    assert gap < 0.05, "activations are rounded, to 8 bits or to bfloat16"
+
+
+@pytest.mark.usefixtures("every_head_is_large")
+def test_a_copied_head_is_in_no_file_and_is_there_again_after_loading(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "plain"
+    source.mkdir()
+    save_model(trained("llama"), source, EOT)
+    folders = {scheme: written(source, scheme)[1] for scheme in EIGHT_BITS}
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders.values()}) == 1
+    for scheme in ("int8_dynamic", "int8_weight"):
+        again = load_bundle(folders[scheme])
+        assert isinstance(again, nn.Module)
+        assert isinstance(again.get_submodule("lm_head"), int8.Int8Linear)
+        assert torch.equal(logits_of(again, ids_of(9)), logits_of(quantize(load_model(source), scheme), ids_of(9)))
+    theirs = AutoModelForCausalLM.from_pretrained(folders["int8_dynamic"], dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, load_model(source).get_parameter("model.embed_tokens.weight"))
+
+
+def test_a_model_that_an_engine_has_packed_is_quantized_to_the_same_bits(shape: str) -> None:
+    """Its weights lie by columns then, and the kernels read rows."""
+    model = trained(shape)
+    before = quantize(model, "int8_dynamic")
+    forward_of(model.requires_grad_(False))
+    assert torch.equal(logits_of(quantize(model, "int8_dynamic"), ids_of(9)), logits_of(before, ids_of(9)))
 
 
 def test_marks_that_peft_asks_for_are_set() -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_from_scratch.inference.decoding import context_of, evaluating, number_of_threads
+from llm_from_scratch.inference.draft import Draft
 from llm_from_scratch.inference.fused import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.lookup import Lookup
@@ -42,8 +43,9 @@ CLOSED = "the engine was closed; open it again"
 class Batching:
     """Up to `slots` requests at once; prompts are read `prefill_chunk` tokens at a time.
 
-    `capacity` is how many tokens a slot holds (None: the model's context). `same_bits`: see the module. `lookup` guesses up to so many
-    tokens from the text itself, in steps with a single request (see `lookup`; 0: never). Raises ValueError.
+    `capacity` is how many tokens a slot holds (None: the model's context). `same_bits`: see the module. In steps with a single request,
+    `lookup` guesses up to so many tokens from the text itself (see `lookup`; 0: never), and where it has no guess, `draft` up to so many
+    with an 8-bit copy of the model (see `draft`; 0: never). Raises ValueError.
     """
 
     slots: int
@@ -51,13 +53,15 @@ class Batching:
     capacity: int | None = None
     same_bits: bool = False
     lookup: int = 0
+    draft: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"slots": 1, "prefill_chunk": 1, "capacity": 2, "lookup": 0}.items():
+        for name, least in {"slots": 1, "prefill_chunk": 1, "capacity": 2, "lookup": 0, "draft": 0}.items():
             if (found := getattr(self, name)) is not None and found < least:
                 raise ValueError(f"batching.{name}: found {found}, wanted at least {least}")
-        if self.lookup and self.same_bits:
-            raise ValueError(f"batching: lookup of {self.lookup} reads several tokens when a request is alone; same_bits rules that out")
+        for name in ("lookup", "draft"):
+            if (tokens := getattr(self, name)) and self.same_bits:
+                raise ValueError(f"batching: {name} of {tokens} reads several tokens when a request is alone; same_bits rules that out")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Batcher:
         self.limit = min(context_of(model), batching.capacity or context_of(model))
         self._cache = SlotCache(model, batching.slots, self.limit)
         self._forward = forward_of(model)
+        self._draft = Draft(model, self._cache) if batching.draft else None
         self._slots: list[Request | None] = [None] * batching.slots
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -210,7 +215,7 @@ class Batcher:
             several = next((pair for pair in seated if pair not in ready), None)
             if several is not None:
                 self._guarded([several[1]], partial(self._read_chunk, *several))
-            if len(ready) == 1 and self.batching.lookup:
+            if len(ready) == 1 and (self.batching.lookup or self._draft is not None):
                 self._guarded([ready[0][1]], partial(self._look_ahead, *ready[0]))
             elif ready:
                 self._guarded([request for _, request in ready], partial(self._read_one_each, ready))
@@ -263,13 +268,22 @@ class Batcher:
 
     def _look_ahead(self, slot: int, request: Request) -> None:
         """Reads the newest token and a guess of those behind it, and takes tokens as long as they are as guessed."""
-        room = min(self.limit - self._cache.lengths[slot], request.sampling.max_tokens - (len(request.ids) - request.prompt)) - 1
-        guess = request.lookup.guess(request.ids, min(self.batching.lookup, room))
+        guess = self._guess(slot, request)
         logits = self._run([[request.ids[-1], *guess]], slot, [slot], every=True)[0]
-        for row, expected in zip(logits, [*guess, None], strict=True):
-            if self._take(request, row) != expected or request.over:
+        likeliest = logits.argmax(-1).tolist() if request.sampling.plain else [None] * len(logits)
+        for row, found, expected in zip(logits, likeliest, [*guess, None], strict=True):
+            if self._take(request, row, found) != expected or request.over:
                 break
         self._cache.lengths[slot] = len(request.ids) - request.start - 1
+
+    def _guess(self, slot: int, request: Request) -> list[int]:
+        sampling, length = request.sampling, self._cache.lengths[slot]
+        room = min(self.limit - length, sampling.max_tokens - (len(request.ids) - request.prompt)) - 1
+        found = request.lookup.guess(request.ids, min(self.batching.lookup, room)) if self.batching.lookup else []
+        if found or self._draft is None:
+            return found
+        ends, most = request.ends, min(self.batching.draft, room)
+        return self._draft.guess(slot, request.ids, request.prompt, sampling, request.generator, ends, most)
 
     def _take(self, request: Request, logits: Tensor, likeliest: int | None = None) -> int | None:
         token = request.take(logits, likeliest)

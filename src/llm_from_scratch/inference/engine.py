@@ -73,10 +73,14 @@ class Engine:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True, batching: Batching | None = None) -> Engine:
-        """The engine of a bundle. `verify` reads every byte first; leave it out only where that was just done. Raises BundleError."""
+        """The engine of a bundle, whose model learns no more. `verify` reads every byte first; leave it out only where that was just done.
+
+        Raises BundleError.
+        """
         if verify:
             bundle.verify(folder, *KINDS)
-        return cls(load_bundle(folder), tokenizer.load(folder), batching)
+        model = load_bundle(folder)
+        return cls(model.requires_grad_(False) if isinstance(model, nn.Module) else model, tokenizer.load(folder), batching)
 
     @property
     def prompt_limit(self) -> int | None:

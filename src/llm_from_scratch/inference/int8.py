@@ -22,6 +22,7 @@ Shapes: M tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -32,6 +33,8 @@ STEPS = 127
 """Whole numbers on each side of zero; -128 is not used, so that the range is symmetric."""
 FEW = 16
 """Up to so many tokens at once are bound by reading the weights (see benchmarks/quantization.py)."""
+TINY = torch.tensor(torch.finfo(torch.float32).tiny)
+"""So that a token of zeros is not divided by zero."""
 LANES = 16
 """torch's packed kernel takes so many inputs at once, and for a row that ends in between it adds up what lies behind it."""
 
@@ -53,20 +56,23 @@ def dequantize(weight: Tensor, largest: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module, ABC):
-    """In place of a Linear: `weight` (N, K) int8, `SCB` (N,) float32, and `bias` (N,) or none; the names are bitsandbytes'."""
+    """In place of a Linear: `weight` (N, K) int8, `SCB` (N,) float32, and `bias` (N,) or none; the names are bitsandbytes'.
+
+    One that is not `stored` is made anew of what is: it leaves no tensors in a state.
+    """
 
     weight: Tensor
     SCB: Tensor
     scale: Tensor
     ones: Tensor
 
-    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None, stored: bool = True) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self.register_buffer("weight", weight)
-        self.register_buffer("SCB", largest)
-        self.register_buffer("weight_format", torch.tensor(0, dtype=torch.uint8))  # bitsandbytes' word for row by row
+        self.register_buffer("weight", weight, persistent=stored)
+        self.register_buffer("SCB", largest, persistent=stored)
+        self.register_buffer("weight_format", torch.tensor(0, dtype=torch.uint8), persistent=stored)  # bitsandbytes' word for row by row
         self.register_buffer("scale", largest / STEPS, persistent=False)
 
     @classmethod
@@ -82,32 +88,48 @@ class Int8Linear(nn.Module, ABC):
         product = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
-    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x (M, K) times the weights, (M, N)."""
+        return self.sums()(x).mul(self.scale)
+
+    @abstractmethod
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        """x (M, K) to (M, N), where each output is still to be multiplied by its `scale`.
+
+        It holds the tensors of now: a module is asked for them in as much time as a small operation takes.
+        """
 
 
 class WeightOnly(Int8Linear):
     """The kernel `int8_weight`: 8-bit weights, activations and unscaled sums in bfloat16."""
 
-    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__(weight, largest, bias)
+    def __init__(self, weight: Tensor, largest: Tensor, bias: nn.Parameter | None, stored: bool = True) -> None:
+        super().__init__(weight, largest, bias, stored)
         self.register_buffer("ones", torch.ones_like(self.scale, dtype=torch.bfloat16), persistent=False)
 
-    def product(self, x: Tensor) -> Tensor:
-        narrow = x.bfloat16()
-        if len(x) <= FEW and self.in_features % LANES == 0 and x.device.type == "cpu":
-            return torch._weight_int8pack_mm(narrow, self.weight, self.ones) * self.scale  # its own scales would be bfloat16 too
-        return F.linear(narrow.float(), self.weight.float()).bfloat16() * self.scale
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        weight, ones, aligned = self.weight, self.ones, self.in_features % LANES == 0 and self.weight.device.type == "cpu"
+
+        def multiply(x: Tensor) -> Tensor:
+            narrow = x.bfloat16()
+            if len(x) <= FEW and aligned:
+                return torch._weight_int8pack_mm(narrow, weight, ones)  # its own scales would be bfloat16 too
+            return F.linear(narrow.float(), weight.float()).bfloat16()
+
+        return multiply
 
 
 class Dynamic(Int8Linear):
     """The kernel `int8_dynamic`: 8-bit weights, and activations rounded to 8 bits as they come."""
 
-    def product(self, x: Tensor) -> Tensor:
-        step = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / STEPS
-        rounded = (x / step).round().to(torch.int8)
-        return torch._int_mm(rounded, self.weight.t()) * step * self.scale
+    def sums(self) -> Callable[[Tensor], Tensor]:
+        weight = self.weight.t()
+
+        def multiply(x: Tensor) -> Tensor:
+            step = torch.add(TINY, torch.linalg.vector_norm(x, torch.inf, 1, True), alpha=1 / STEPS)
+            return torch._int_mm(x.div(step).round_().to(torch.int8), weight).mul(step)
+
+        return multiply
 
 
 KERNELS: dict[str, type[Int8Linear]] = {"int8_weight": WeightOnly, "int8_dynamic": Dynamic}
