@@ -16,7 +16,7 @@ from prefect import flow, get_client
 from ruamel.yaml import YAML
 from zc.lockfile import LockFile
 
-from llm_from_scratch import bundle, registry
+from llm_from_scratch import bundle, registry, tracking
 from llm_from_scratch.evaluation.promotion import Scores
 from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, sweep
 from pipelines.graph import parse, touched, walk
