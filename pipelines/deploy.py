@@ -29,6 +29,8 @@ from pipelines.notify import load
 FILE = Path("pipelines/prefect.yaml")
 KUBERNETES = Path("pipelines/kubernetes.json")
 """The job template of a GPU pool whose runs are Kubernetes jobs."""
+TAG = "llm-from-scratch"
+"""On all that is deployed here. Runs of others may send heartbeats more rarely, or none."""
 LOST = "a run without a heartbeat has crashed"
 LOST_SECONDS = 90  # three heartbeats
 
@@ -56,6 +58,7 @@ def named(tree: dict[str, Any], suffix: str, notify: str, tracking_uri: str) -> 
     tree["pull"] = [{"prefect.deployments.steps.set_working_directory": {"directory": str(Path.cwd())}}]
     for entry in tree["deployments"]:
         entry["name"] += suffix
+        entry["tags"] = [*entry.get("tags", []), TAG]
         given = entry.setdefault("parameters", {})
         for key, value in given.items():
             if isinstance(value, str) and value.rpartition("/")[2] in known:
@@ -78,6 +81,7 @@ def lost(block: Any, seconds: int) -> AutomationCore:
         trigger=EventTrigger(
             posture=Posture.Proactive,
             match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"},
             for_each={"prefect.resource.id"},
             after={heartbeat},
             expect={heartbeat, *(f"prefect.flow-run.{state}" for state in over)},

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -20,20 +21,26 @@ GRACE_SECONDS = 10.0
 def main() -> int:
     """The command's exit status; as a shell has it, 128 and the signal for one that was ended by a signal."""
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
-    threading.Thread(target=_end_with_input, args=(process.pid,), daemon=True).start()
+    cut = threading.Event()
+    watch = threading.Thread(target=_end_with_input, args=(process.pid, cut), daemon=True)
+    watch.start()
     status = process.wait()
+    if cut.is_set():
+        watch.join()
     return status if status >= 0 else 128 - status
 
 
-def _end_with_input(group: int) -> None:
+def _end_with_input(group: int, cut: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(group, number)
-        except ProcessLookupError:
-            return
-        time.sleep(GRACE_SECONDS)
+    cut.set()
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+        end = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            os.killpg(group, 0)  # raises once nobody is left
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they sha
 # Before pip, whose finder the download stage uses, takes away the shim through which setuptools, and so torch.compile, finds distutils.
 import setuptools  # noqa: E402, F401
 
-LONGEST = ("test_pipeline.py", "test_pipelines.py", "test_benchmarks_training.py", "test_service.py")
+LONGEST = ("test_pipeline.py", "test_schedules.py", "test_pipelines.py", "test_benchmarks_training.py", "test_service.py")
 """Files to begin with, where several processes take a file each: begun last, one would keep the others waiting."""
 
 

@@ -16,7 +16,7 @@ from prefect import flow, get_client
 from ruamel.yaml import YAML
 from zc.lockfile import LockFile
 
-from llm_from_scratch import bundle, registry
+from llm_from_scratch import bundle, registry, tracking
 from llm_from_scratch.evaluation.promotion import Scores
 from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, sweep
 from pipelines.graph import parse, touched, walk
@@ -286,6 +286,7 @@ def test_what_is_promoted_carries_the_commit_of_its_code(toy: Path, monkeypatch:
     assert champion is not None
     assert champion.tags["revision"] == commit
     assert champion.description == "# A card\n\n## Promotion\n\nPromoted: the first version."
+    assert tracking.rebuild_address("http://mlflow:5000/").startswith("http://mlflow:5000/#/experiments/")
     assert promote.promote(toy) == ["tiny: version 1 is the champion already"]
     with bundle.writing(toy / "tiny") as folder:
         bundle.seal(folder, "model", "train@tiny")
