@@ -9,18 +9,25 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from llm_from_scratch import bundle, progress, tokenizer, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.documents import Document, read_documents
 from llm_from_scratch.data.questions import questions
 from llm_from_scratch.data.shards import open_shards
+from llm_from_scratch.evaluation import energy
+from llm_from_scratch.evaluation.calibration import answering
 from llm_from_scratch.evaluation.heatmaps import attention_of
+from llm_from_scratch.evaluation.limits import limits, material
 from llm_from_scratch.evaluation.mixture import count, mixture
 from llm_from_scratch.evaluation.promotion import Rule, Scores
-from llm_from_scratch.evaluation.retrieval import CONDITIONS, question_answering, retrieval_quality
+from llm_from_scratch.evaluation.retrieval import CONDITIONS, graded, replies_by_condition, retrieval_quality
 from llm_from_scratch.evaluation.scores import Exam, scores_of, search_units
+from llm_from_scratch.evaluation.searching import search_limits
 from llm_from_scratch.evaluation.selection import choose
 from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.inference.quantize import load_bundle
 from llm_from_scratch.inference.sampling import Sampling
 from llm_from_scratch.model import registry
 from llm_from_scratch.model.rung import Rung
@@ -50,20 +57,22 @@ def run(params: Params, name: str, root: Path) -> None:
         mixed = with_ngram(params, artifacts)
         stages = measured(params, artifacts / "logs")
         served = to_serve(params, stages["quantize"])
-        answers, illustrated = ask(params, artifacts, served["model"])
+        answers, illustrated, weak = ask(params, artifacts, served["model"])
+        weak |= look_at(params, artifacts, served["model"], weak)
         scores = examined(params, artifacts, served)
         for part, rows in (answers | {"mixture": mixed}).items():
             log(0, {f"{part}_{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
 
     digests = {model: made.digest for model, made in manifests.items()}
-    metrics = stages | answers | {"mixture": mixed, "served": served, "digests": digests}
+    spent = estimates(params, stages, manifests)
+    metrics = stages | answers | {"mixture": mixed, "served": served, "limits": weak, "energy": spent, "digests": digests}
     gather.write(reports / "metrics.json", metrics)
     gather.write(reports / "headline.json", compared.headline(metrics))
     with bundle.writing(artifacts / "plots") as new:
         compared.write_tables(new, metrics)
     draw(params, artifacts, reports / "figures", metrics)
-    story = book.Story(gather.rounded(metrics), params.model_dump(), manifests, samples(params, artifacts / "logs"), illustrated)
-    book.write(reports, story)
+    shown, by_hand = samples(params, artifacts / "logs"), gather.benchmarks(reports / "benchmarks")
+    book.write(reports, book.Story(gather.rounded(metrics), params.model_dump(), manifests, shown, illustrated, by_hand))
     kept = write_scores(artifacts / "scores", scores)
     gather.write(reports / "verdict.json", verdict(params, metrics, manifests | {RETRIEVER: bundle.verify(artifacts / "index")}, kept))
 
@@ -83,20 +92,22 @@ def with_ngram(params: Params, artifacts: Path) -> dict[str, Any]:
     return found
 
 
-def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Held-out questions put to the served model with and without retrieval; its numbers, and some of its answers to look at.
+def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """Held-out questions put to the served model with and without retrieval; its numbers, some of its answers to look at, and where it and
+    the search fail.
 
     All are empty where no held-out document says in a line what it is, as a person's own do not: no question has a known answer there.
     """
     held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     if not any(document.description for document in held_out):
-        return {"rag": {}, "retrieval": {}}, []
+        return {"rag": {}, "retrieval": {}}, [], {}
     engine = Engine.open(artifacts / "models" / model)
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))
     asked = questions(held_out, params.evaluate.questions, params.evaluate.choices, params.evaluate.seed)
 
     with progress.bar(total=len(asked) * len(CONDITIONS), desc="asking", unit=" questions") as bar:
-        conditions = question_answering(engine.model, engine.tokenizer, index, asked, params.evaluate, progress=bar.update)
+        found = replies_by_condition(engine.model, engine.tokenizer, index, asked, params.evaluate, progress=bar.update)
+    conditions = {name: graded(asked, replies, params.evaluate.seed, found["none"]) for name, replies in found.items()}
     greedy = Sampling(temperature=0.0, max_tokens=params.evaluate.answer_tokens)
     illustrated = [
         {
@@ -106,7 +117,32 @@ def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], li
         }
         for question in asked[:ILLUSTRATED]
     ]
-    return {"rag": conditions, "retrieval": retrieval_quality(index, asked)}, illustrated
+    weak = {model: {"answers": answering(asked, found)}, "retriever": search_limits(index, asked)}
+    return {"rag": conditions, "retrieval": retrieval_quality(index, asked)}, illustrated, weak
+
+
+def look_at(params: Params, artifacts: Path, served: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the models of the section `cards`, and the served one, cannot do, lean to and know by heart, beside what is `known` of them."""
+    read = material(list(read_documents(artifacts / "raw" / params.index.documents)), params.cards)
+    models, found = dict.fromkeys([*params.cards.models, served]), {}
+    with progress.bar(total=len(models) * len(read.held_out), desc="measuring limits", unit=" texts") as bar:
+        for name in models:
+            folder = artifacts / "models" / name
+            model, words = load_bundle(folder), tokenizer.load(folder)
+            assert isinstance(model, nn.Module)
+            found[name] = {**known.get(name, {}), **limits(model, words, read, params.cards, params.evaluate.seed, bar.update)}
+    return found
+
+
+def estimates(params: Params, stages: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest]) -> dict[str, dict[str, float]]:
+    """What each model took, with those that it was made from, and the index."""
+    names = {manifest.digest: name for name, manifest in manifests.items()}
+    parents = {name: [names[digest] for digest in made.parents.values() if digest in names] for name, made in manifests.items()}
+    timed = {**stages["ladder"], **stages["finetune"], **stages["alignment"], "retriever": stages["index"]}
+    own = {name: float(timed.get(name, {}).get("seconds", 0.0)) for name in [*manifests, "retriever"]}
+    return {
+        name: energy.estimate(own[name], sum(own[each] for each in energy.ancestry(name, parents)), params.cards.energy) for name in own
+    }
 
 
 def to_serve(params: Params, quantized: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,6 +160,7 @@ def measured(params: Params, logs: Path) -> dict[str, Any]:
     return {
         "data": gather.measurements(logs, "download", params.download.fetch),
         "tokenize": gather.measurements(logs, "tokenize", params.tokenize),
+        "encoding": gather.encodings(logs / "tokenize", [params.train["base"].tokens]),
         "ladder": ladder,
         "quantize": gather.measurements(logs, "quantize", params.quantize),
         "finetune": {name: row for name, row in tuned.items() if row["method"] in ANSWERING},

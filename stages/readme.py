@@ -9,14 +9,12 @@ import json
 from pathlib import Path
 
 from llm_from_scratch.config import Params
-from llm_from_scratch.report import book, pages
+from llm_from_scratch.report import book, gather, pages
 
 
 def run(params: Params, name: str, root: Path) -> None:
     metrics = json.loads((root / "reports" / "metrics.json").read_text(encoding="utf-8"))
-    tables = sorted((root / "reports" / "benchmarks").glob("*.json"))
-    measured = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tables}
-    values = {**book.Story(metrics, params.model_dump(), {}, {}, []).values(), "benchmarks": measured}
+    values = book.Story(metrics, params.model_dump(), {}, {}, [], gather.benchmarks(root / "reports" / "benchmarks")).values()
 
     readme = root / "README.md"
     filled = pages.fill_blocks(readme.read_text(encoding="utf-8"), lambda block: pages.render(f"readme_{block}.md.j2", values))

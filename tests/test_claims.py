@@ -1,6 +1,7 @@
 """Every number that a reader meets is one of reports/metrics.json: the committed pages are made again from it, and compared.
 
-README.md's marked blocks and SUMMARY.md need nothing else. A card has its bundle's facts too, and a page of a week shows what models wrote;
+README.md's marked blocks and SUMMARY.md need nothing else. What was measured by hand lies in reports/benchmarks, as JSON, and fills the
+tables of weeks and README in the same way. A card has its bundle's facts too, and a page of a week shows what models wrote;
 neither is in git, so a card's facts are taken from the card and checked where metrics.json has them, and a page may say anything where it
 shows a sample. All else must be there, to the letter.
 """
@@ -19,7 +20,7 @@ from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
 from llm_from_scratch import config
-from llm_from_scratch.report import book, pages
+from llm_from_scratch.report import book, cards, gather, pages
 
 ROOT = Path(__file__).parent.parent
 REPORTS = ROOT / "reports"
@@ -62,8 +63,7 @@ def values() -> dict[str, Any]:
     samples: dict[str, Any] = {name: Sample(GAP) for name in (*params().train, *params().quantize)}
     samples |= {name: [told] * settings.samples for name, settings in params().finetune.items()}
     asked = [row_of("question text wanted") | {"citations": []}] * QUESTIONS
-    measured = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((REPORTS / "benchmarks").glob("*.json"))}
-    return {**book.Story(metrics, params().model_dump(), {}, samples, asked).values(), "benchmarks": measured}
+    return book.Story(metrics, params().model_dump(), {}, samples, asked, gather.benchmarks(REPORTS / "benchmarks")).values()
 
 
 def astray(said: str, rendered: str) -> list[str]:
@@ -115,7 +115,7 @@ def test_a_page_of_the_report_is_what_its_template_makes_of_the_numbers_but_for_
 def test_a_card_is_what_its_template_makes_of_the_numbers(model: str, tmp_path: Path) -> None:
     said = (REPORTS / "cards" / f"{model}.md").read_text(encoding="utf-8")
     manifest = told_by(said)
-    book.write_card(tmp_path / "card.md", values() | {"model": model, "manifest": manifest})
+    cards.write_model(tmp_path / "card.md", values(), model, manifest)
 
     assert astray(said, (tmp_path / "card.md").read_text(encoding="utf-8")) == [], f"cards/{model}.md: {STALE}"
     metrics = values()["m"]
@@ -128,9 +128,10 @@ def test_a_card_is_what_its_template_makes_of_the_numbers(model: str, tmp_path: 
     ] == []
 
 
-def test_the_retrievers_card_is_what_its_template_makes_of_the_numbers() -> None:
+def test_the_retrievers_card_is_what_its_template_makes_of_the_numbers(tmp_path: Path) -> None:
     said = (REPORTS / "cards" / "retriever.md").read_text(encoding="utf-8")
-    assert astray(said, pages.render("retriever.md.j2", values())) == [], f"cards/retriever.md: {STALE}"
+    cards.write_retriever(tmp_path / "card.md", values())
+    assert astray(said, (tmp_path / "card.md").read_text(encoding="utf-8")) == [], f"cards/retriever.md: {STALE}"
 
 
 def told_by(card: str) -> SimpleNamespace:
@@ -174,6 +175,14 @@ def test_one_digit_between_samples_is_noticed_and_a_sample_may_say_anything() ->
     number = f"{values()['m']['ladder']['gpt']['val_bpb']:.3f}"
     assert number in made
     assert astray(said.replace(number, "0.001"), made)
+
+
+def test_one_digit_of_what_was_measured_by_hand_is_noticed() -> None:
+    made = pages.render("weeks/week_07.md.j2", values())
+    rows = values()["benchmarks"]["precision"]["rows"]
+    number = f"{rows[0]['loss']:.4g}"
+    assert number in made
+    assert astray(made.replace(number, number[:-1] + str((int(number[-1]) + 1) % 10)), made)
 
 
 @pytest.mark.parametrize("said", ["It takes 12.5 seconds.", "It has 852,864 parameters.", "Right in 31% of them.", "a **2.013**"])

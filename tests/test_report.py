@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from llm_from_scratch.report import compared, figures, gather, pages
+from llm_from_scratch.report import book, cards, compared, figures, gather, pages
 
 ROOT = Path(__file__).parent.parent
+TEMPLATES = Path(pages.__file__).parent / "templates"
 
 
 def test_a_marked_block_is_filled_and_the_rest_is_left_as_it_was() -> None:
@@ -31,10 +32,69 @@ def test_a_number_the_run_does_not_have_is_an_error_and_never_a_blank() -> None:
 
 @pytest.mark.parametrize(
     ("template", "said"),
-    [("{{ 0.1234 | percent }}", "12.3%"), ("{{ 1234567.8 | number }}", "1,234,568"), ("{{ 1.23456 | fixed }}", "1.235")],
+    [
+        ("{{ 0.1234 | percent }}", "12.3%"),
+        ("{{ 1234567.8 | number }}", "1,234,568"),
+        ("{{ 1.23456 | fixed }}", "1.235"),
+        ("{{ -0.1234 | signed }}", "-12.3%"),
+        ("{{ 0.00012 | signed(3) }}", "+0.012%"),
+        ("{{ 8 | log2 }}", "3.0"),
+    ],
 )
 def test_numbers_are_written_for_people(template: str, said: str) -> None:
     assert pages.environment().from_string(template).render() == said
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [(0.17860912, "0.1786"), (29352.9, "29,353"), (16691, "16,691"), (None, ""), ("2.46 … 2.47", "2.46 … 2.47"), (True, "True")],
+)
+def test_a_cell_measured_by_hand_is_written_for_people_whatever_it_is(cell: object, said: str) -> None:
+    assert pages.short(cell) == said
+
+
+def test_a_table_measured_by_hand_has_the_columns_that_were_asked_for_and_says_by_what() -> None:
+    told = {
+        "title": "Speed",
+        "machine": {"cpu": "Z80", "cores": 1, "torch": "0"},
+        "rows": [{"what": "ours", "ms": 1.5}, {"what": "theirs"}],
+    }
+    source = '{% import "_tables.md.j2" as tables %}{{ tables.measured("speed", told, ["what", "ms"]) }}'
+    said = pages.environment().from_string(source).render(told=told).splitlines()
+    assert said[:4] == ["| what | ms |", "|---|---:|", "| ours | 1.5 |", "| theirs |  |"]
+    assert "`python -m benchmarks.speed` (Z80, 1 cores" in said[-1]
+    assert "[Speed](../benchmarks/speed.md)" in said[-1]
+
+
+def test_an_encoding_is_told_by_its_length_and_its_beginning(tmp_path: Path) -> None:
+    tokens = [{"piece": "a", "id": place, "bytes": 1} for place in range(20)]
+    (tmp_path / "bpe").mkdir()
+    (tmp_path / "bpe" / "encoding.json").write_text(json.dumps([{"title": "English", "characters": 20, "tokens": tokens}]))
+    [row] = gather.encodings(tmp_path, ["bpe"])["bpe"]
+    assert (row["title"], row["tokens"], row["first"]) == ("English", 20, tokens[:12])
+
+
+def test_benchmarks_are_read_by_name_and_none_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "speed.json").write_text('{"rows": []}')
+    (tmp_path / "speed.md").write_text("# Speed")
+    assert gather.benchmarks(tmp_path) == {"speed": {"rows": []}}
+    assert gather.benchmarks(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("week", range(1, book.WEEKS + 1))
+def test_every_week_says_what_the_idea_is_what_it_cannot_do_and_what_changed(week: int) -> None:
+    source = (TEMPLATES / "weeks" / f"week_{week:02}.md.j2").read_text(encoding="utf-8")
+    headings = [line for line in source.splitlines() if line.startswith("## ")]
+    assert {"## The idea", "## What it can't do", "## What changed since last week"} <= set(headings)
+    assert any(heading.startswith("## This run") for heading in headings) or week in (11, 12)
+    assert "src/llm_from_scratch/" in source
+    assert "```" in source, "an equation or a few lines of code"
+
+
+def test_the_metadata_of_a_card_names_its_results_for_the_hub() -> None:
+    [bits, accuracy] = cards.results({"val_bpb": 1.9, "accuracy": 0.8, "seconds": 3}, "wikipedia")
+    assert (bits.metric_type, bits.metric_value, bits.dataset_name) == ("bits_per_byte", 1.9, "wikipedia, held out")
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.8)
 
 
 def test_a_sample_cannot_close_the_fence_around_it() -> None:

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from llm_from_scratch.data.corpora import DownloadParams, Source
 from llm_from_scratch.evaluation.certificate import CertifyParams
+from llm_from_scratch.evaluation.limits import CardParams
 from llm_from_scratch.evaluation.promotion import EvaluationParams
 from llm_from_scratch.finetune import FinetuneParams
 from llm_from_scratch.inference.quantize import QuantizeParams
@@ -49,6 +50,7 @@ class Params(Section):
     finetune: dict[str, FinetuneParams]
     index: IndexParams
     evaluate: EvaluationParams
+    cards: CardParams
     serve: ServeParams
     certify: CertifyParams
 
@@ -78,6 +80,7 @@ class Params(Section):
                 (f"finetune.{name}.guide", entry.guide, guides if entry.method in ("dpo", "ppo", "grpo") else [entry.model])
                 for name, entry in self.finetune.items()
             ),
+            *((f"cards.models.{place}", name, models) for place, name in enumerate(self.cards.models)),
             ("index.documents", self.index.documents, self.download.fetch),
             ("index.embedder", self.index.embedder, self.download.fetch),
             ("serve.model", self.serve.model, [*models, *self.quantize]),

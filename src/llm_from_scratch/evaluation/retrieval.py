@@ -66,6 +66,24 @@ def question_answering(
     Where `none` is among them, also accuracy_pmi: the choice whose likelihood the passage raised most (pointwise mutual information,
     Holtzman et al. 2021), which leaves out how likely each choice was anyway.
 
+    Raises ValueError as `replies_by_condition` does.
+    """
+    found = replies_by_condition(model, tokenizer, index, questions, params, conditions, progress, form)
+    return {condition: graded(questions, made, params.seed, found.get("none")) for condition, made in found.items()}
+
+
+def replies_by_condition(
+    model: nn.Module | NGram,
+    tokenizer: Tokenizer,
+    index: Index,
+    questions: Sequence[Question],
+    params: EvaluateParams,
+    conditions: Sequence[str] = CONDITIONS,
+    progress: Progress = quiet,
+    form: Form | None = None,
+) -> dict[str, list[Reply]]:
+    """What `model` makes of the questions under each condition.
+
     The question meets its passages as in `form`, or as the model is served. `progress` is told of every prompt done. Raises ValueError for
     a model that has no cache, or a condition that is none of CONDITIONS.
     """
@@ -78,7 +96,7 @@ def question_answering(
         passages = passages_for(condition, questions, index, params, form)
         prompts = prompts_with(passages, questions, tokenizer, room, form)
         found[condition] = replies(model, tokenizer, prompts, choices, params.answer_tokens, progress)
-    return {condition: graded(questions, made, params.seed, found.get("none")) for condition, made in found.items()}
+    return found
 
 
 def retrieval_quality(index: Index, questions: Sequence[Question]) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_from_scratch.bundle import Manifest
-from llm_from_scratch.report import gather, pages
+from llm_from_scratch.report import cards, gather, pages
 
 WEEKS = 12
 
@@ -22,6 +22,7 @@ class Story:
     manifests: Mapping[str, Manifest]
     samples: Mapping[str, Any]
     questions: list[dict[str, Any]]
+    benchmarks: Mapping[str, Any]
 
     def values(self) -> dict[str, Any]:
         """The names that a template knows."""
@@ -32,6 +33,7 @@ class Story:
             "manifests": self.manifests,
             "samples": self.samples,
             "questions": self.questions,
+            "benchmarks": self.benchmarks,
             "faults": gather.ladder_faults(bits, honest="ngram"),
             "beaten_by_ngram": [rung for rung, value in bits.items() if value > bits["ngram"]],
             "best_rung": min((rung for rung in bits if rung != "ngram"), key=lambda rung: bits[rung]),
@@ -45,14 +47,5 @@ def write(reports: Path, story: Story) -> None:
     for week in range(1, WEEKS + 1):
         pages.write_page(reports / "weeks" / f"week_{week:02}.md", f"weeks/week_{week:02}.md.j2", values)
     for model, manifest in story.manifests.items():
-        write_card(reports / "cards" / f"{model}.md", values | {"model": model, "manifest": manifest})
-    pages.write_page(reports / "cards" / "retriever.md", "retriever.md.j2", values)
-
-
-def write_card(path: Path, values: Mapping[str, Any]) -> None:
-    """A model card in the Hub's form: metadata in YAML, then Markdown. Raises ValueError where the metadata is not a card's."""
-    from huggingface_hub import ModelCard
-
-    card = ModelCard(pages.render("card.md.j2", values))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    card.save(path)
+        cards.write_model(reports / "cards" / f"{model}.md", values, model, manifest)
+    cards.write_retriever(reports / "cards" / "retriever.md", values)

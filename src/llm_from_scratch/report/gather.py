@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Tree = dict[str, Any]
+SHOWN_TOKENS = 12  # of a text, in the encoding table
 
 
 def measurements(logs: Path, stage: str, names: Iterable[str]) -> dict[str, Tree]:
@@ -20,6 +21,17 @@ def measurements(logs: Path, stage: str, names: Iterable[str]) -> dict[str, Tree
 def single(logs: Path, stage: str) -> Tree:
     """The metrics.json of a stage that is one node."""
     return _read(logs / stage / "metrics.json", stage)
+
+
+def encodings(logs: Path, names: Iterable[str]) -> dict[str, list[Tree]]:
+    """name → what a tokenizer makes of texts of different kinds: how many tokens, and the first of them."""
+    texts = {name: json.loads((logs / name / "encoding.json").read_text(encoding="utf-8")) for name in names}
+    return {name: [row | {"tokens": len(row["tokens"]), "first": row["tokens"][:SHOWN_TOKENS]} for row in texts[name]] for name in texts}
+
+
+def benchmarks(folder: Path) -> dict[str, Tree]:
+    """NAME → what was measured by hand into NAME.json, for pages that show some of it; nothing where there is nothing."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def curve(path: Path) -> list[dict[str, float]]:
