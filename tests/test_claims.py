@@ -1,8 +1,8 @@
 """Every number that a reader meets is one of reports/metrics.json: the committed pages are made again from it, and compared.
 
-README.md's marked blocks, SUMMARY.md and the posts need nothing else but the benchmarks' tables. A card has its bundle's facts too, and a page of a week shows what models wrote;
-neither is in git, so a card's facts are taken from the card and checked where metrics.json has them, and a page may say anything where it
-shows a sample. All else must be there, to the letter.
+README.md's marked blocks, SUMMARY.md and the posts need nothing else but the benchmarks' tables. A card has its bundle's facts too, and a
+page of a week shows what models wrote; neither is in git, so a card's facts are taken from the card and checked where metrics.json has
+them, and a page may say anything where it shows a sample. All else must be there, to the letter.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ def test_every_page_of_the_book_is_on_the_site(site: Path) -> None:
 def test_the_menu_leads_to_weeks_posts_and_lessons(site: Path) -> None:
     menu = [link["href"] for link in page(site / "index.html").nav.find_all("a", href=True)]
     menu += [link["href"] for link in page(site / "index.html").select(".md-sidebar--primary a[href]")]
-    assert {"reports/report.html", "reports/weeks/week_12.html", "docs/posts/honesty_gate.html", "notebooks/week_01.ipynb.html"} <= set(menu)
+    assert {"reports/report.html", "reports/weeks/week_12.html", "docs/posts/honesty_gate.html", "notebooks/week_01.ipynb.html"} <= set(
+        menu
+    )
 
 
 def test_nothing_that_a_page_loads_comes_from_elsewhere(site: Path) -> None:
