@@ -69,7 +69,8 @@ def navigation(paths: Iterable[str]) -> list[Any]:
         "Model cards": under("reports/cards"),
         "Reference": under("docs"),
     }
-    return [*under(""), *under("reports"), *({name: found} for name, found in chapters.items() if found)]
+    front = [{"Home": path} if path == "README.md" else path for path in (*under(""), *under("reports"))]
+    return [*front, *({name: found} for name, found in chapters.items() if found)]
 
 
 def _path(path: Path, root: Path) -> str:
