@@ -117,7 +117,7 @@ def _opening(path: Path) -> str:
     module = path / "__init__.py" if path.is_dir() else path
     if module.suffix != ".py" or not module.exists():
         return ""
-    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n")[0].replace("<", "&lt;")
 
 
 def _lesson(path: Path) -> str:
