@@ -6,41 +6,32 @@ the bytes that it had. Captions say what is seen, and where it is played faster.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pipelines.filming import HEIGHT, WIDTH, Camera, Terminal
+from pipelines.filming import COLUMNS, HEIGHT, WIDTH, Camera, Terminal
+from pipelines.servers import Places, served
 
 LARGEST_BYTES = 5_000_000
-READY_SECONDS = 240
 QUESTIONS = ("What is Polo?", "What is Belize?")
 KILLED_RUNG = "mlp"
 KILLED_AFTER = 12  # seconds: the imports, and some hundred steps
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where what is shown can be reached."""
-
-    site: str
-    mlflow: str
-    prefect: str
-    service: str
+FLOW_RUN = "a[href*='flow-run']"
+TABS = (
+    ("Completion", "Continue", ".token", "What were each token's chances?"),
+    ("Attention", "Draw", "rect", "What does each head look at? Nobody sees the future."),
+    ("Evolution", "Write", ".card p", "One prompt through every rung, from counting to chat."),
+)
+"""Of the page of the service: a tab, its button, what then appears, and the caption."""
 
 
 def video(root: Path, out: Path) -> Path:
@@ -67,7 +58,8 @@ def video(root: Path, out: Path) -> Path:
             warm_up(page, places)
             camera.start()
             in_the_terminal(camera, root)
-            in_the_browser(camera, places)
+            for scene, place in ((reading, places.site), (comparing, places.mlflow), (watching, places.prefect), (using, places.service)):
+                scene(camera, place)
             camera.stop()
         except Error as error:
             raise ValueError(f"a scene is not as expected: {str(error).splitlines()[0]}; look at it in a browser") from None
@@ -80,78 +72,101 @@ def video(root: Path, out: Path) -> Path:
 
 def in_the_terminal(camera: Camera, root: Path) -> None:
     """A rebuild with nothing to do, where a model comes from, and a training that is killed and goes on."""
+    model = json.loads((root / "reports" / "verdict.json").read_text(encoding="utf-8"))["served"]
     terminal = Terminal(camera.page, root, os.environ)
     try:
-        weights = f"artifacts/models/{KILLED_RUNG}/model.safetensors"
-        served_model = json.loads((root / "reports" / "verdict.json").read_text(encoding="utf-8"))["served"]
-        terminal.clear()
-        camera.say("LLM from scratch: raw text becomes a model that answers over HTTP, by two commands.", 3)
-        camera.say("The first is make repro. All is built already, so there is nothing to do.  (8× faster)")
-        with camera.faster(8):
-            terminal.run("make repro", 180)
-        camera.say("The first is make repro. All is built already, so there is nothing to do.", 2)
-        terminal.clear()
-        camera.say("DVC knows what stands on what: this is what the search index is made of.  (3× faster)")
-        with camera.faster(3):
-            terminal.run("dvc dag index", 60)
-        camera.say("DVC knows what stands on what: this is what the search index is made of.", 2)
-        terminal.clear()
-        camera.say("Where does the served model come from? Down to the archives, their sha256 and their licence.")
-        with camera.faster(3):
-            terminal.run(f"python -m stages whence {served_model} | cut -c1-136 | head -{30}", 120)
-        camera.say("Where does the served model come from? Down to the archives, their sha256 and their licence.", 6)
-        terminal.clear()
-        camera.say("Kill it anywhere: the same command goes on, and ends in the same bytes.", 1)
-        shutil.rmtree(root / "runs", ignore_errors=True)
-        terminal.run(f"sha256sum {weights}", 20)
-        with camera.faster(2):
-            terminal.run(f"timeout -s KILL {KILLED_AFTER} python -m stages train {KILLED_RUNG}", 60)
-        camera.say("Killed (SIGKILL). The same again:", 1.5)
-        with camera.faster(2):
-            terminal.run(f"python -m stages train {KILLED_RUNG}", 120)
-        terminal.run(f"sha256sum {weights}", 20)
-        camera.say("It went on from its last save, and the weights are the same, bit for bit.", 3.5)
+        rebuilding(camera, terminal)
+        asking_whence(camera, terminal, model)
+        killing(camera, terminal, root)
     finally:
         terminal.close()
 
 
-def in_the_browser(camera: Camera, places: Places) -> None:
-    """The report, the runs side by side, the flow, and a question."""
-    page = camera.page
-    go(camera, f"{places.site}/reports/report.html", "h1")
+def rebuilding(camera: Camera, terminal: Terminal) -> None:
+    """Nothing to do, and what the graph is."""
+    terminal.clear()
+    camera.say("LLM from scratch: raw text becomes a model that answers over HTTP, by two commands.", 3)
+    said = "The first is make repro. All is built already, so there is nothing to do."
+    camera.say(f"{said}  (8× faster)")
+    with camera.faster(8):
+        terminal.run("make repro", 180)
+    camera.say(said, 2)
+    terminal.clear()
+    camera.say("DVC knows what stands on what: this is what the search index is made of.  (3× faster)")
+    with camera.faster(3):
+        terminal.run("dvc dag index", 60)
+    camera.page.wait_for_timeout(2000)
+
+
+def asking_whence(camera: Camera, terminal: Terminal, model: str) -> None:
+    """Where the served model comes from."""
+    terminal.clear()
+    said = "Where does the served model come from? Down to the archives, their sha256 and their licences."
+    camera.say(f"{said}  (3× faster)")
+    with camera.faster(3):
+        terminal.run(f"python -m stages whence {model} | grep -E ' · |licence|sha256' | cut -c1-{COLUMNS - 2}", 120)
+    camera.say(said, 6)
+
+
+def killing(camera: Camera, terminal: Terminal, root: Path) -> None:
+    """A training that is killed goes on, and ends in the same bytes. What only a clock could change, DVC puts back."""
+    weights = f"sha256sum artifacts/models/{KILLED_RUNG}/model.safetensors"
+    training = f"python -m stages train {KILLED_RUNG}"
+    shutil.rmtree(root / "runs", ignore_errors=True)
+    terminal.clear()
+    camera.say("Kill it anywhere: the same command goes on, and ends in the same bytes.  (2× faster)", 1)
+    terminal.run(weights, 20)
+    with camera.faster(2):
+        terminal.run(f"timeout -s KILL {KILLED_AFTER} {training}", 60)
+        camera.say("Killed, by SIGKILL. The same command again:  (2× faster)", 2)
+        terminal.run(training, 120)
+    terminal.run(weights, 20)
+    camera.say("It went on from its last save, and the weights are the same, bit for bit.", 3.5)
+    with camera.off():
+        terminal.run(f"dvc checkout --force train@{KILLED_RUNG}", 60)
+
+
+def reading(camera: Camera, site: str) -> None:
+    """The report, and a post."""
+    go(camera, f"{site}/reports/report.html", "h1")
     camera.say("The report is written by the run, and no number in it was typed.", 2)
     scroll(camera, 5)
-    go(camera, f"{places.site}/docs/posts/nobody_pays_for_distance.html", "h1")
+    go(camera, f"{site}/docs/posts/nobody_pays_for_distance.html", "h1")
     camera.say("So are twelve weeks, the models' cards, and posts like this one.", 2)
-    scroll(camera, 3)
+    scroll(camera, 4)
 
-    go(camera, compared(places.mlflow), "text=Parameters")
+
+def comparing(camera: Camera, mlflow: str) -> None:
+    """The rungs side by side."""
+    go(camera, compared(mlflow), "text=Parameters")
     camera.say("MLflow remembers every run: here the rungs side by side, on one ruler.", 3)
-    scroll(camera, 3)
+    scroll(camera, 4)
 
-    go(camera, f"{places.prefect}/runs", "a[href*='flow-run']")
+
+def watching(camera: Camera, prefect: str) -> None:
+    """The newest run of the flow."""
+    go(camera, f"{prefect}/runs", FLOW_RUN)
     camera.say("Prefect says when and where: a rebuild is a flow, with one task a node of the graph.", 3)
     with camera.off():
-        page.locator("a[href*='flow-run']").first.click()
-        page.wait_for_timeout(5000)
-        camera.say("Prefect says when and where: a rebuild is a flow, with one task a node of the graph.")
-    page.wait_for_timeout(4000)
+        camera.page.locator(FLOW_RUN).first.click()
+        camera.page.wait_for_timeout(5000)
+    camera.say("Prefect says when and where: a rebuild is a flow, with one task a node of the graph.", 4)
 
-    go(camera, f"{places.service}/ui/", "role=tab[name='Chat']")
+
+def using(camera: Camera, service: str) -> None:
+    """The page of the service: a question, and what is behind an answer."""
+    page = camera.page
+    go(camera, f"{service}/ui/", "role=tab[name='Chat']")
     camera.say("The second command is make serve. The chat answers from passages, and shows them.", 1.5)
     chat(camera)
-    camera.say("The second command is make serve. The chat answers from passages, and shows them.", 4)
-    for name, button, shown, caption in (
-        ("Completion", "Continue", ".token", "What were each token's chances?"),
-        ("Attention", "Draw", "rect", "What does each head look at? Nobody sees the future."),
-        ("Evolution", "Write", ".card p", "One prompt through every rung, from counting to chat."),
-    ):
+    page.wait_for_timeout(4000)
+    for name, button, shown, caption in TABS:
         page.get_by_role("tab", name=name, exact=True).click()
         camera.say(caption, 0.7)
         panel = page.get_by_role("tabpanel").filter(visible=True)
         panel.get_by_role("button", name=button).click()
-        panel.locator(shown).last.filter(has_text=" ").or_(panel.locator(shown).first).first.wait_for()
-        page.wait_for_timeout(4000)
+        panel.locator(shown).first.wait_for()
+        page.wait_for_timeout(4500)
     camera.say("make repro · make serve · make test", 3)
 
 
@@ -172,7 +187,7 @@ def go(camera: Camera, address: str, wanted: str) -> None:
     """A page, from when what is wanted of it is there."""
     with camera.off():
         camera.page.goto(address)
-        camera.page.locator(wanted).first.wait_for(timeout=60_000)
+        camera.page.locator(wanted).first.wait_for(timeout=30_000)
         camera.page.wait_for_timeout(1500)
         camera.page.mouse.move(WIDTH / 2, HEIGHT / 2)
 
@@ -209,71 +224,3 @@ def asked(address: str, body: Mapping[str, Any]) -> Any:
     request = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
         return json.load(reply)
-
-
-@contextmanager
-def served(root: Path) -> Iterator[Places]:
-    """The site, MLflow, Prefect and the service, each on a free port of the loopback, until the end."""
-    python, ports = sys.executable, [free_port() for _ in range(4)]
-    home = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{root}/var/mlflow.db",
-        "PREFECT_HOME": f"{root}/var/prefect",
-        "BENTOML_HOME": f"{root}/var/bentoml",
-    }
-    environment = {**home, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **os.environ}
-    store = environment["MLFLOW_TRACKING_URI"]
-    subprocess.run([python, "-m", "mkdocs", "build", "--quiet"], cwd=root, env={**environment, "NO_MKDOCS_2_WARNING": "1"}, check=True)
-    commands = [
-        [python, "-m", "http.server", str(ports[0]), "--bind", "127.0.0.1", "--directory", "var/site"],
-        [python, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(ports[1])],
-        [python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(ports[2])],
-        [python, "-m", "pipelines", "serve", "--port", str(ports[3])],
-    ]
-    addresses = [f"http://127.0.0.1:{port}" for port in ports]
-    checks = ("/index.html", "/health", "/api/health", "/readyz")
-    servers: list[subprocess.Popen[bytes]] = []
-    try:
-        for command in commands:
-            servers.append(
-                subprocess.Popen(
-                    command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-                )
-            )
-        for command, address, check, server in zip(commands, addresses, checks, servers, strict=True):
-            wait(f"{address}{check}", " ".join(command[2:4]), server)
-        yield Places(*addresses)
-    finally:
-        for server in servers:
-            stop(server)
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """The server and all that it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, how)
-        except ProcessLookupError:
-            break
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
-    server.wait()
-
-
-def wait(address: str, name: str, server: subprocess.Popen[bytes]) -> None:
-    """Until it answers. Raises ValueError where it does not."""
-    end = time.monotonic() + READY_SECONDS
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(address, timeout=10):
-                return
-        except (urllib.error.URLError, http.client.HTTPException, OSError):
-            time.sleep(0.5)
-    raise ValueError(f"{name} was not ready after {READY_SECONDS} s; start it by hand to see what it says")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
