@@ -81,6 +81,13 @@ types: setup
 notebooks: setup ## execute every lesson at toy size, and check what it shows
 	python -m pytest tests/test_notebooks.py
 
+docs: setup ## README, report, weeks, posts and lessons as a site in var/site; a dead link fails
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	@echo "var/site/index.html"
+
+video: setup ## two minutes of a finished build, filmed anew; wants chromium and ffmpeg
+	python -m pipelines video
+
 # What looks at the project without being part of it, each in an environment of its own, at the version that .github/requirements.txt names.
 LOOK = $(UV_ENVIRONMENT) uv tool run --quiet --constraints .github/requirements.txt
 

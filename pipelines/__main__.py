@@ -100,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 
     fsck = commands.add_parser("fsck", help="read every object of DVC's cache, and remove what is damaged")
     fsck.set_defaults(do=_fsck)
+
+    video = commands.add_parser("video", help="a walkthrough of a finished build, filmed from the real servers and a real shell")
+    video.add_argument("--out", type=Path, default=Path("docs/walkthrough.webm"), help="the file (default: docs/walkthrough.webm)")
+    video.set_defaults(do=_video)
     return parser
 
 
@@ -207,6 +211,12 @@ def _fsck(_: argparse.Namespace) -> None:
 
     for line in fsck():
         print(line)
+
+
+def _video(arguments: argparse.Namespace) -> None:
+    from pipelines.video import video
+
+    print(video(Path.cwd(), arguments.out.resolve()))
 
 
 if __name__ == "__main__":

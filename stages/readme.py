@@ -1,4 +1,4 @@
-"""After the graph: SUMMARY.md and the marked blocks of README.md, filled from reports/metrics.json.
+"""After the graph: SUMMARY.md, the posts and the marked blocks of README.md, filled from reports/metrics.json and the benchmarks' tables.
 
 Not a node of the graph: DVC deletes an output before it is made, and most of README.md is written by hand.
 """
@@ -21,3 +21,5 @@ def run(params: Params, name: str, root: Path) -> None:
 
     readme.write_text(filled, encoding="utf-8")
     pages.write_page(root / "SUMMARY.md", "summary.md.j2", values)
+    for post in sorted((root / "docs" / "posts").glob("*.md")):
+        pages.write_page(post, f"posts/{post.name}.j2", values)

@@ -34,7 +34,8 @@ SHOWN = ("origin", "licence", "sha256", "source", "source_sha256", "architecture
 """Facts of a manifest that are worth a line; --json has all of them, and the params of other sections that the stage reads."""
 QUIET = ("facts", "params_beside")
 PAGES = ("README.md", "SUMMARY.md")
-"""Filled from the report's numbers, outside of reports/."""
+POSTS = Path("docs/posts")
+"""With PAGES, what is filled from the report's numbers outside of reports/."""
 METRICS = "reports/metrics.json"
 TEMPLATES = files("llm_from_scratch.report") / "templates"
 FIGURES = {
@@ -116,7 +117,7 @@ def find(project: Project, thing: str) -> Link:
     for folder in (inside, *inside.parents) if path.exists() else ():
         if (project.root / folder / bundle.MANIFEST).exists():
             return Chains(project.knowing(folder.as_posix())).bundle(folder.as_posix())
-    if path.is_file() and (inside.parts[0] == "reports" or str(inside) in PAGES):
+    if path.is_file() and (inside.parts[0] == "reports" or filled(inside)):
         return chains.report(inside)
     if named := [folder for folder in project.bundles if Path(folder).name == thing and folder.startswith("artifacts")]:
         return chains.bundle(only(thing, named))
@@ -193,7 +194,7 @@ class Chains:
         if path.parent.name == "benchmarks":
             return by_hand(self.project.root, path)
         keys = keys_of(self.project, path)
-        facts: dict[str, Any] = {"made_by": "readme, from evaluate" if str(path) in PAGES else "evaluate", "numbers": METRICS, "keys": keys}
+        facts: dict[str, Any] = {"made_by": "readme, from evaluate" if filled(path) else "evaluate", "numbers": METRICS, "keys": keys}
         facts |= committed(self.project.root, path)
         facts |= {"params": self.project.params.get("evaluate", {}), "params_from": "params.yaml as it is now"}
         facts |= remembered("evaluate", "", {}, facts["params"])
@@ -243,6 +244,10 @@ def by_hand(root: Path, path: Path) -> Link:
     return Link(path.as_posix(), "table", facts | {name: said[name] for name in ("machine", "settings") if name in said}, {})
 
 
+def filled(path: Path) -> bool:
+    return str(path) in PAGES or path.parent == POSTS
+
+
 def keys_of(project: Project, path: Path) -> list[str]:
     """The keys of metrics.json, a section or one of its entries, that a page or figure is made of; from the page's own template."""
     if path.suffix == ".png":
@@ -253,8 +258,8 @@ def keys_of(project: Project, path: Path) -> list[str]:
         return [f"{section}.{path.stem}" for section in HOMES if path.stem in project.metrics.get(section, {})]
     if path.suffix == ".json":
         return list(project.metrics)
-    weeks = "weeks/" if path.parent.name == "weeks" else ""
-    names = [f"{weeks}{path.stem.lower()}.md.j2"]
+    folder = f"{path.parent.name}/" if path.parent.name in ("weeks", POSTS.name) else ""
+    names = [f"{folder}{path.stem.lower()}.md.j2"]
     if path.name == "README.md":
         names = sorted(template.name for template in TEMPLATES.iterdir() if template.name.startswith("readme_"))
     if unknown := [name for name in names if not (TEMPLATES / name).is_file()]:

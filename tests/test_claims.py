@@ -1,9 +1,9 @@
 """Every number that a reader meets is one of reports/metrics.json: the committed pages are made again from it, and compared.
 
-README.md's marked blocks and SUMMARY.md need nothing else. What was measured by hand lies in reports/benchmarks, as JSON, and fills the
-tables of weeks and README in the same way. A card has its bundle's facts too, and a page of a week shows what models wrote;
-neither is in git, so a card's facts are taken from the card and checked where metrics.json has them, and a page may say anything where it
-shows a sample. All else must be there, to the letter.
+README.md's marked blocks, SUMMARY.md and the posts need nothing else but the benchmarks' tables: what was measured by hand lies in
+reports/benchmarks, as JSON, and fills tables of weeks and README in the same way. A card has its bundle's facts too, and a page of a week
+shows what models wrote; neither is in git, so a card's facts are taken from the card and checked where metrics.json has them, and a page
+may say anything where it shows a sample. All else must be there, to the letter.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ REPORTS = ROOT / "reports"
 STALE = "was typed, or metrics.json is newer: dvc repro, then python -m stages readme"
 WEEKS = [f"week_{week:02}" for week in range(1, book.WEEKS + 1)]
 CARDS = sorted(path.stem for path in (REPORTS / "cards").glob("*.md") if path.stem != "retriever")
+POSTS = sorted(path.stem for path in (ROOT / "docs" / "posts").glob("*.md"))
 BLOCKS = re.findall(r"<!-- begin ([\w-]+) -->", (ROOT / "README.md").read_text(encoding="utf-8"))
 QUESTIONS = 8
 """As many as `evaluate` shows."""
@@ -101,6 +102,18 @@ def test_a_block_of_the_readme_is_what_the_template_makes_of_the_numbers(block: 
 
 def test_the_summary_is_what_the_template_makes_of_the_numbers() -> None:
     assert astray((ROOT / "SUMMARY.md").read_text(encoding="utf-8"), pages.render("summary.md.j2", values())) == [], f"SUMMARY.md: {STALE}"
+
+
+@pytest.mark.parametrize("post", POSTS)
+def test_a_post_is_what_its_template_makes_of_the_numbers(post: str) -> None:
+    said = (ROOT / "docs" / "posts" / f"{post}.md").read_text(encoding="utf-8")
+    assert astray(said, pages.render(f"posts/{post}.md.j2", values())) == [], f"docs/posts/{post}.md: {STALE}"
+
+
+def test_every_post_that_is_written_is_there_to_be_read() -> None:
+    assert [f"posts/{post}.md.j2" for post in POSTS] == pages.environment().list_templates(
+        filter_func=lambda name: name.startswith("posts/")
+    )
 
 
 @pytest.mark.parametrize("page", ["report", *WEEKS])

@@ -16,9 +16,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from tests.tiny import tiny_embedder, tiny_model
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-WEEKS = range(1, 6)
-MAY_IMPORT = {"importlib", "llm_from_scratch", "matplotlib", "numpy", "pathlib", "requests", "torch"}
+WEEKS = (1, 2, 3, 4, 5, 8, 9, 10, 11)
+MAY_IMPORT = {"copy", "importlib", "llm_from_scratch", "matplotlib", "numpy", "pathlib", "requests", "tempfile", "torch"}
 LONGEST_FUNCTION = 5  # lines: a lesson calls and draws, and the package computes
 
 TOY: dict[int, dict[str, Any]] = {
@@ -27,6 +29,10 @@ TOY: dict[int, dict[str, Any]] = {
     3: {"STEPS": 10, "LAYERS": 2, "HEADS": 2, "WIDTH": 16, "CONTEXT": 48, "CHOSEN": [(0, 0), (1, 1)]},
     4: {"STEPS": 20, "LAYERS": 2, "HEADS": 2, "WIDTH": 16, "CONTEXT": 32, "TEMPERATURES": [0.2, 1.5]},
     5: {"SIZES": [261, 280, 320], "SHOWN_MERGES": 10, "TEXTS": 4_000},
+    8: {"STEPS": 40, "LAYERS": 1, "WIDTH": 32, "CONTEXT": 32, "BITS": [8, 4, 2], "EVALUATED": 1_000},
+    9: {"STEPS": 40, "LAYERS": 1, "WIDTH": 32, "CONTEXT": 32, "RANKS": [1, 4], "EVALUATED": 500},
+    10: {"STEPS": 40, "LAYERS": 1, "WIDTH": 32, "PROMPTS": 160, "ASKED": 16, "TAUGHT": 150, "MOVED": 24, "PRICES": [0.5, 0.0]},
+    11: {"TEXT_FOLDER": ""},
 }
 
 POEM = """\
@@ -76,11 +82,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], An
     """Each notebook executed once, at toy size, in an empty folder, by this interpreter."""
     home, texts = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("texts")
     (texts / "poem.txt").write_text(POEM * 12, encoding="utf-8")
+    bundles = {"EMBEDDER": str(tiny_embedder(texts.parent / "embedder")), "MODEL": str(tiny_model(texts.parent / "model", context=256))}
 
     @cache
     def run(week: int) -> Any:
         notebook = read(week)
-        turned = {"TEXT_FOLDER": str(texts), **TOY[week]}
+        turned = {"TEXT_FOLDER": str(texts), **TOY[week], **(bundles if week == 11 else {})}
         cell = parameters(notebook)
         known = {target.id for node in parsed(cell).body for target in ast.walk(node) if isinstance(target, ast.Name)}
         assert turned.keys() <= known
@@ -203,3 +210,50 @@ def test_week_5_shortens_a_sentence_merge_by_merge_and_loses_nothing(ran: Callab
     assert "and back: True" in shown(5)
     assert shown(5).count("back again: True") == 4
     assert pictures(ran(5)) == 3
+
+
+def test_week_8_moves_no_weight_by_more_than_half_a_step_and_shows_what_an_outlier_does(ran: Callable[[int], Any], shown: Shown) -> None:
+    assert number_after("no weight moved by more than", shown(8)) < 0.57, "half a step, and float16's own rounding"
+    kl = [number_after(f"{bits} bits: KL", shown(8)) for bits in (8, 4, 2)]
+    assert kl == sorted(kl)
+    of_row, of_matrix = re.findall(r"outliers, 8 bits: KL (\S+) with a scale a row, (\S+) with", shown(8))[0]
+    assert float(of_row) < float(of_matrix)
+    assert number_after("bf16:", shown(8)) == 0.5
+    assert 0.25 < number_after("int8_weight:", shown(8)) < 0.4
+    assert pictures(ran(8)) == 2
+
+
+def test_week_9_starts_as_the_base_adds_as_many_directions_as_the_rank_and_takes_them_off_again(
+    ran: Callable[[int], Any], shown: Shown
+) -> None:
+    assert "a fresh adapter changes nothing: True" in shown(9)
+    assert number_after("directions that were added:", shown(9)) == 4
+    assert number_after("largest difference of merged and attached:", shown(9)) < 1e-4
+    assert "the base underneath is as it was: True" in shown(9)
+    before, after = re.findall(r"rank  4: .*, (\S+) -> (\S+) bits per byte", shown(9))[0]
+    assert float(after) < float(before)
+    assert pictures(ran(9)) == 2
+
+
+def test_week_10_pays_for_distance_or_goes_far(ran: Callable[[int], Any], shown: Shown) -> None:
+    assert number_after("told right of held-out pairs:", shown(10)) > 55
+    assert "the start: gold" in shown(10)
+    kept, let_go = (number_after("KL", shown(10).partition(f"GRPO, beta {price}: ")[2]) for price in (0.5, 0.0))
+    assert kept < let_go
+    assert number_after("the start: gold", shown(10)) < number_after("GRPO, beta 0.0: gold", shown(10))
+    assert pictures(ran(10)) == 1
+
+
+def test_week_11_finds_by_words_and_lets_no_claim_be_cited_that_is_not_there(ran: Callable[[int], Any], shown: Shown) -> None:
+    """The encoder of this test is untrained, so what it finds by meaning is chance."""
+    assert "'twig' is in 2 of 10" in shown(11)
+    assert re.search(r"bm25: \[\('Stick insect'", shown(11))
+    assert "each of length 1.0000" in shown(11)
+    assert "passages of 10 documents" in shown(11)
+    assert (
+        "what stays: Stick insects look like twigs or leaves and keep still by day [1]. They came from the moon in silver ships."
+        in shown(11)
+    )
+    assert "support of 'came from the moon in silver ships': 0.00" in shown(11)
+    assert "answer:" in shown(11)
+    assert pictures(ran(11)) == 1

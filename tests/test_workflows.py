@@ -147,6 +147,7 @@ def test_together_the_jobs_run_all_that_the_test_target_runs() -> None:
     assert {
         "make lint types",
         "make notebooks",
+        "make docs",
         ".venv/bin/python -m pytest --numprocesses auto --dist loadfile --ignore=tests/test_notebooks.py",
     } <= set(ran)
 
