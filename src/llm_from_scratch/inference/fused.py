@@ -146,7 +146,7 @@ def _side_by_side(weights: Sequence[nn.Parameter], sizes: list[int]) -> Tensor:
         return first.as_strided((inputs, width), strides[::-1])
     rows = [weight.data for weight in weights]
     whole = torch.cat(rows).t() if learning else torch.cat([part.t() for part in rows], 1).contiguous()
-    for weight, part in zip(weights, whole.split(sizes, 1), strict=True):
+    for weight, part in zip(weights, torch.split(whole, sizes, 1), strict=True):
         weight.data = part.t()
     return whole
 

@@ -17,8 +17,10 @@ from bentoml.exceptions import BentoMLException
 from starlette.types import Receive, Scope, Send
 
 Call = Callable[[Any, Scope, Receive, Send], Awaitable[None]]
-TIMER = ("bentoml._internal.server.http.traffic", "TimeoutMiddleware", {"timeout": 1.0})
-METRICS = ("bentoml._internal.server.http.instruments", "RunnerTrafficMetricsMiddleware", {})
+Place = tuple[str, str, dict[str, Any]]
+"""Module, class, and the arguments that it is made with."""
+TIMER: Place = ("bentoml._internal.server.http.traffic", "TimeoutMiddleware", {"timeout": 1.0})
+METRICS: Place = ("bentoml._internal.server.http.instruments", "RunnerTrafficMetricsMiddleware", {})
 
 
 def mend(is_known: Callable[[str], bool]) -> None:
