@@ -8,7 +8,7 @@ import pytest
 
 from llm_from_scratch import bundle
 from llm_from_scratch.data.documents import Document, with_splits, write_documents
-from llm_from_scratch.report import book, pages
+from llm_from_scratch.report import cards, pages
 from stages import evaluate
 from tests import test_claims
 
@@ -24,7 +24,7 @@ def test_documents_that_do_not_say_what_they_are_give_no_questions_held_out_or_n
     params = test_claims.params()
     params = params.model_copy(update={"index": params.index.model_copy(update={"documents": "text_folder"})})
 
-    assert evaluate.ask(params, tmp_path, "sft") == ({"rag": {}, "retrieval": {}}, []), "and neither model nor index had to be opened"
+    assert evaluate.ask(params, tmp_path, "sft") == ({"rag": {}, "retrieval": {}}, [], {}), "and neither model nor index had to be opened"
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_every_page_can_be_written_where_nothing_was_asked(page: str) -> None:
 def test_the_card_of_what_is_served_claims_no_answers_where_nothing_was_asked(tmp_path: Path) -> None:
     asked = test_claims.values()
     served = asked["m"]["served"]["model"]
-    told = {"model": served, "manifest": test_claims.told_by((test_claims.REPORTS / "cards" / f"{served}.md").read_text(encoding="utf-8"))}
+    manifest = test_claims.told_by((test_claims.REPORTS / "cards" / f"{served}.md").read_text(encoding="utf-8"))
     claimed = []
     for rag in (asked["m"]["rag"], {}):
-        book.write_card(tmp_path / "card.md", asked | {"m": asked["m"] | {"rag": rag}} | told)
+        cards.write_model(tmp_path / "card.md", asked | {"m": asked["m"] | {"rag": rag}}, served, manifest)
         claimed.append("with and without retrieval" in (tmp_path / "card.md").read_text(encoding="utf-8"))
     assert claimed == [True, False]
