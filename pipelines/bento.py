@@ -6,8 +6,6 @@ import json
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +22,6 @@ from stages.__main__ import read_yaml
 SHOWN_BYTES = 64 * 2**20
 """Of a rung that the page shows beside the served model: every Bento carries and opens them all, so the large ones stay at home."""
 READY_SECONDS = 300
-
-
 RELOAD_SECONDS = 600
 """The new model is read, checked and opened before the server answers."""
 
@@ -75,9 +71,9 @@ def serve(root: Path, host: str, port: int, api_key_file: str, champion: bool = 
 
 
 def reload(root: Path, url: str, api_key_file: str, champion: bool = False) -> str:
-    """Store the chosen model and let the server at `url`, which has the same store, take it over; what came of it, in a line.
+    """Store the chosen model, or the champion, and let the server at `url` take it over; what came of it, in a line.
 
-    Nobody who is being answered is cut off. Raises ValueError where the server refuses or is not there.
+    The server has to have the same store. Nobody who is being answered is cut off. Raises ValueError where it refuses or is not there.
     """
     tag = store(root, champion)
     headers = {"Content-Type": "application/json"}
@@ -117,9 +113,9 @@ def _wait(address: str, server: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + READY_SECONDS
     while server.poll() is None and time.monotonic() < end:
         try:
-            with urllib.request.urlopen(f"{address}/readyz", timeout=10):
+            with urlopen(f"{address}/readyz", timeout=10):
                 return
-        except (urllib.error.URLError, OSError):
+        except (URLError, OSError):
             time.sleep(0.5)
     raise ValueError(f"the server of the Bento was not ready after {READY_SECONDS} s; make serve shows what it says")
 
