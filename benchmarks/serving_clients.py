@@ -126,7 +126,7 @@ async def _read(reply: aiohttp.ClientResponse, load: Load, begin: float) -> Outc
         if "error" in fields:
             outcome.said = fields["error"]["message"]
             break
-        ended |= any(choice["finish_reason"] for choice in fields["choices"])
+        ended |= any(choice.get("finish_reason") for choice in fields["choices"])  # a peer leaves nulls out
         if fields["choices"]:
             frames += 1
             now = time.perf_counter() - begin

@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         closed.add_argument(
             "--api-key-file", default="", help="where it is served, a file with the key that clients must bear (default: none)"
         )
+        closed.add_argument(
+            "--champion", action="store_true", help="the registry's champions, whatever evaluate chose last (default: what it chose)"
+        )
     serve.set_defaults(do=_serve)
 
     reload = commands.add_parser("reload", help="store the chosen model and let a running server take it over, with nobody cut off")
@@ -82,10 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     reload.add_argument("--api-key-file", default="", help="the file with the server's key, if it has one (default: none)")
     reload.add_argument("--champion", action="store_true", help="the registry's champions, whatever evaluate chose last")
     reload.set_defaults(do=_reload)
-    for served in (package, serve, reload):
-        served.add_argument(
-            "--champion", action="store_true", help="the registry's champions, whatever evaluate chose last (default: what it chose)"
-        )
 
     smoke = commands.add_parser("serve-smoke", help="package, serve on a free port, ask, check whose answer it is, and stop")
     smoke.set_defaults(do=_serve_smoke)
