@@ -42,13 +42,19 @@ NOTES = [
     "The first rows are the curve over time, each a whole training with a cooldown of its own; the picture (reading.png) draws them. "
     "The others have half the time too, and stand beside that row: the recipe without one ingredient. `seconds` are of one core while "
     "the other one was at work on something else; steps are the better clock.",
-    "`no copying start` has attention begin with random values and no output, as usual. `descriptions alone` asks nothing but what the "
-    "entry is, without sentences to go on with and words to name. `no strangers` leaves out lessons with a second passage. `loss on all of "
-    "it` also learns to write the passages and the questions. `lessons not first` spreads as many lessons evenly over the steps. `text "
-    "alone` has no lessons.",
     "`by what it changes` chooses by how much the passage raised each choice's likelihood (pointwise mutual information), so that what was "
     "likely anyway does not count. `bits per byte` is of the held-out text: what the lessons cost the model as a writer.",
 ]
+
+ABOUT = {
+    "no copying start": "attention begins with random values and no output, as usual",
+    "descriptions alone": "lessons ask nothing but what the entry is, and have no sentences to go on with and no words to name",
+    "no strangers": "lessons with a second passage are left out",
+    "loss on all of it": "passages and questions are learned to be written, too",
+    "lessons not first": "as many lessons are spread evenly over the steps",
+    "passages of 400 characters": f"in place of {PASSAGE_CHARACTERS}",
+    "text alone": "no lessons",
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def main() -> None:
         "Reading: choosing the right of four descriptions without and with the passage, one ingredient taken out at a time",
         rows,
         {"questions": len(asked), "seed": rung.seed, "recipe": rung.model_dump(include={"steps", "batch", "context", "lessons", "model"})},
-        NOTES,
+        [*NOTES, *(f"`{name}`: {about}{'' if name in kept else '. Not run here'}." for name, about in ABOUT.items())],
     )
     figures.reading(arguments.out, [row for row in rows if row["variant"] in CURVE], chance=1 / evaluate.choices)
 

@@ -306,8 +306,8 @@ def test_an_answer_grows_and_cites_at_its_end(tmp_path: Path, embedder: Embedder
 
 def test_an_answer_that_nobody_reads_on_is_no_longer_written(index: Index, tokenizer: CharTokenizer) -> None:
     engine = engine_of(tokenizer, context=512)
-    endless = tuple((end, -100.0) for end in tokenizer.special.values())
-    growing = answering(engine, index, "What is a star?", 1, Sampling(temperature=0, max_tokens=100, logit_bias=endless))
+    endless = Sampling(temperature=0, max_tokens=100, logit_bias=tuple((token, -1e4) for token in tokenizer.special.values()))
+    growing = answering(engine, index, "What is a star?", 1, endless)
     next(growing)
     assert engine.stats().running == 1
     growing.close()
