@@ -105,7 +105,7 @@ def asking_whence(camera: Camera, terminal: Terminal, model: str) -> None:
     said = "Where does the served model come from? Down to the archives, their sha256 and their licences."
     camera.say(f"{said}  (3× faster)")
     with camera.faster(3):
-        terminal.run(f"python -m stages whence {model} | grep -E ' · |licence|sha256' | cut -c1-{COLUMNS - 2}", 120)
+        terminal.run(f"python -m stages whence {model} | grep -E ' · |^ +(digest|origin|licence|sha256) ' | cut -c1-{COLUMNS - 2}", 120)
     camera.say(said, 6)
 
 
