@@ -1,4 +1,4 @@
-"""All that a finished build can be looked at in: the site, MLflow, Prefect and the service, each served for a while on a free port."""
+"""What a finished build can be looked at in: the site, MLflow, Prefect and the service, each for a while on a free port of the loopback."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipelines.bento import package, serving
 
 READY_SECONDS = 240
 
@@ -31,38 +33,35 @@ class Places:
 
 @contextmanager
 def served(root: Path) -> Iterator[Places]:
-    """The site, MLflow, Prefect and the service, each on a free port of the loopback, until the end."""
-    python, ports = sys.executable, [free_port() for _ in range(4)]
-    home = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{root}/var/mlflow.db",
-        "PREFECT_HOME": f"{root}/var/prefect",
-        "BENTOML_HOME": f"{root}/var/bentoml",
-    }
-    environment = {**home, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", **os.environ}
-    store = environment["MLFLOW_TRACKING_URI"]
-    subprocess.run([python, "-m", "mkdocs", "build", "--quiet"], cwd=root, env={**environment, "NO_MKDOCS_2_WARNING": "1"}, check=True)
-    commands = [
-        [python, "-m", "http.server", str(ports[0]), "--bind", "127.0.0.1", "--directory", "var/site"],
-        [python, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(ports[1])],
-        [python, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(ports[2])],
-        [python, "-m", "pipelines", "serve", "--port", str(ports[3])],
-    ]
-    addresses = [f"http://127.0.0.1:{port}" for port in ports]
-    checks = ("/index.html", "/health", "/api/health", "/readyz")
-    servers: list[subprocess.Popen[bytes]] = []
+    """All four, until the block ends. Raises ValueError where one of them does not come up, and the package's own errors."""
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "NO_MKDOCS_2_WARNING": "1"}
+    os.environ.update(settings)
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/var/mlflow.db"
+    os.environ.setdefault("PREFECT_HOME", f"{root}/var/prefect")
+    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet"], cwd=root, check=True)
+    with (
+        answering(["http.server", "--bind", "127.0.0.1", "--directory", f"{root}/var/site"], [], "/index.html") as site,
+        answering(["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1"], ["--port"], "/health") as mlflow,
+        answering(["prefect", "server", "start", "--host", "127.0.0.1"], ["--port"], "/api/health") as prefect,
+        serving(package(root, "")) as service,
+    ):
+        yield Places(site, mlflow, prefect, service)
+
+
+@contextmanager
+def answering(module: Sequence[str], port_option: Sequence[str], health: str) -> Iterator[str]:
+    """The address at which `python -m MODULE` answers, until the block ends: it and all that it started are stopped then."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = subprocess.DEVNULL
+    command = [sys.executable, "-m", *module, *port_option, str(port)]
+    server = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
     try:
-        for command in commands:
-            servers.append(
-                subprocess.Popen(
-                    command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-                )
-            )
-        for command, address, check, server in zip(commands, addresses, checks, servers, strict=True):
-            wait(f"{address}{check}", " ".join(command[2:4]), server)
-        yield Places(*addresses)
+        wait(f"http://127.0.0.1:{port}{health}", module[0], server)
+        yield f"http://127.0.0.1:{port}"
     finally:
-        for server in servers:
-            stop(server)
+        stop(server)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
@@ -88,10 +87,4 @@ def wait(address: str, name: str, server: subprocess.Popen[bytes]) -> None:
                 return
         except (urllib.error.URLError, http.client.HTTPException, OSError):
             time.sleep(0.5)
-    raise ValueError(f"{name} was not ready after {READY_SECONDS} s; start it by hand to see what it says")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    raise ValueError(f"{name} did not answer at {address} within {READY_SECONDS} s; start it by hand to see what it says")

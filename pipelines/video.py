@@ -1,7 +1,8 @@
 """Two minutes of the real thing: a terminal, the report, MLflow, Prefect and the page of the service, filmed as they are used.
 
-It wants a finished `make repro`. What it does to the project is what it shows: one rung is trained again, is killed, goes on, and ends in
-the bytes that it had. Captions say what is seen, and where it is played faster.
+It wants a finished `make repro`, and a `make flow`, of which Prefect's page has something to show. What it does to the project is what it
+shows: one rung is trained again, is killed, goes on, and ends in the bytes that it had. Captions say what is seen, and where it is played
+faster.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def asking_whence(camera: Camera, terminal: Terminal, model: str) -> None:
     said = "Where does the served model come from? Down to the archives, their sha256 and their licences."
     camera.say(f"{said}  (3× faster)")
     with camera.faster(3):
-        terminal.run(f"python -m stages whence {model} | grep -E ' · |licence|sha256' | cut -c1-{COLUMNS - 2}", 120)
+        terminal.run(f"python -m stages whence {model} | grep -E ' · |^ +(digest|origin|licence|sha256) ' | cut -c1-{COLUMNS - 2}", 120)
     camera.say(said, 6)
 
 
@@ -199,7 +200,9 @@ def scroll(camera: Camera, seconds: float) -> None:
 
 
 def warm_up(page: Any, places: Places) -> None:
-    """Pages that are slow the first time they are asked for."""
+    """Pages that are slow the first time they are asked for. Raises ValueError where one of them would be empty."""
+    if not asked(f"{places.prefect}/api/flow_runs/count", {}):
+        raise ValueError("Prefect has no run of a flow; make flow makes one")
     for address in (compared(places.mlflow), f"{places.prefect}/runs", f"{places.service}/ui/"):
         page.goto(address)
         page.wait_for_timeout(3000)
