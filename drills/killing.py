@@ -71,5 +71,11 @@ def at_random(ground: Ground, draw: random.Random) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
                 kills.append(f"{moment:.1f}")
-        clone.must(*command)
-        return ground.outcome(clone, "Killed", command, *CHAIN.values(), remark=f"killed after {', '.join(kills)} s")
+        said = clone.must(*command)
+        return ground.outcome(
+            clone,
+            line_with([*said, "Killed"], "had been killed", "Killed"),
+            command,
+            *CHAIN.values(),
+            remark=f"killed after {', '.join(kills)} s",
+        )
