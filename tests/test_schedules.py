@@ -70,7 +70,7 @@ FILES = {
     "toy.json": json.dumps({"ladder": {"b": {"val_bpb": 2.0}}}),
     "none.json": json.dumps({"candidates": []}),
 }
-BUSY_SECONDS = 120
+BUSY_SECONDS = 180
 """For anything that takes some seconds on a machine that has nothing else to do."""
 
 
