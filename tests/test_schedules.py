@@ -295,7 +295,8 @@ def test_a_server_takes_the_pool_of_kubernetes_jobs(prefect_server: str) -> None
     assert made.base_job_template["variables"]["properties"]["gpus"]["default"] == 1
 
 
-def test_prefects_kubernetes_worker_makes_a_job_of_the_template() -> None:
+@pytest.mark.slow
+def test_prefects_kubernetes_worker_makes_a_job_of_the_template(prefect_server: str) -> None:
     """Every field of it is one that Kubernetes knows. Without prefect-kubernetes, which is not in the lock, nobody looks."""
     worker = pytest.importorskip("prefect_kubernetes.worker")
     models = pytest.importorskip("kubernetes_asyncio.client")
