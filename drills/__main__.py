@@ -114,7 +114,8 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Failure drills",
         "",
-        f"{len(rows)} ways to break the pipeline, each held on a copy of the toy graph with real tools; {lost} of them lost something. "
+        f"{len(rows)} of {len(DRILLS)} ways to break the pipeline, each held on a copy of the toy graph with real tools; {lost} of them "
+        "lost something. "
         "The line is what a person saw; the command is the one that was given again; digests are those of the bundles that came out, held "
         "against a build that nobody disturbed.",
         "",
