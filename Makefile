@@ -48,7 +48,7 @@ lock: ## resolve requirements.lock anew: pins alone, no host and no path of this
 
 repro: setup ## raw text to a served-ready model and a report; the second time, nothing
 	@mkdir -p var
-	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m pipelines promote && python -m stages readme && python -m stages digests'
+	REBUILD_ID="$${REBUILD_ID:-$$(date -u +%Y-%m-%dT%H:%M:%SZ)}" sh -c 'dvc repro && python -m stages readme && python -m stages digests && python -m pipelines promote'
 
 smoke: setup ## the whole graph at toy size, as an experiment; leaves params.yaml as it was
 	python -m pipelines experiment smoke -- --temp
