@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import psutil
 
 from llm_from_scratch import config
 from llm_from_scratch.serving.limits import ServeParams
+from pipelines.bento import kill
 from stages.__main__ import read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -141,17 +142,7 @@ def running(
             time.sleep(0.2)
         yield process
     finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """BentoML's workers have groups of their own, and would outlive their parent."""
-    if process.poll() is None:
-        parent = psutil.Process(process.pid)
-        for one in (parent, *parent.children(recursive=True)):  # the parent first, as it would start them again
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait()
+        kill(process)
 
 
 def _answers(url: str) -> bool:

@@ -84,8 +84,9 @@ def held(name: str, ground: Ground) -> dict[str, Any]:
         row["failed"] = outcome.equal != outcome.compared
     except Unfit as error:
         row |= {"what you see": f"not held: {error}", "what is lost": "", "how it goes on": "", "besides": ""}
-    except (RuntimeError, AssertionError) as error:
-        row |= {"what you see": f"FAILED: {error}", "what is lost": "unknown", "how it goes on": "", "besides": "", "failed": True}
+    except Exception as error:  # the rows before it are made, and those after it are still to be
+        said = f"FAILED: {type(error).__name__}: {error}"
+        row |= {"what you see": said, "what is lost": "unknown", "how it goes on": "", "besides": "", "failed": True}
     row["seconds"] = round(time.monotonic() - started)
     say(f"{name}: {row['what you see']} | {row['what is lost']} | {row['besides']} ({row['seconds']} s)")
     return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,6 +145,8 @@ def frozen(folder: Path) -> Iterator[None]:
 def mount(*arguments: str) -> None:
     if os.geteuid():
         raise Unfit("needs root, to mount a small disk")
+    if shutil.which("mount") is None:
+        raise Unfit("needs mount (Debian: apt-get install mount)")
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unfit(f"mount: {done.stderr.strip()}")

@@ -65,6 +65,8 @@ def clock(ground: Ground) -> Outcome:
 
 def no_network(ground: Ground) -> Outcome:
     """Nothing is reachable and nothing was fetched before; then there is a mirror."""
+    if shutil.which("unshare") is None:
+        raise Unfit("needs unshare (Debian: apt-get install util-linux)")
     node = f"download@{SOURCE}"
     with ground.copy() as clone:
         clone.stale(node)

@@ -10,10 +10,14 @@ from pathlib import Path
 
 from stages.__main__ import quick_log
 
+Commands = argparse._SubParsersAction  # of an ArgumentParser; argparse has no public name for it
+REGISTRY = {"rollback", "restore"}  # and whatever is told --champion
+
 
 def main() -> int:
     arguments = _parser().parse_args()
     quick_log()
+    _settle(arguments)
     try:
         return int(arguments.do(arguments) or 0)
     except (ValueError, OSError) as error:
@@ -23,10 +27,25 @@ def main() -> int:
         return 130
 
 
+def _settle(arguments: argparse.Namespace) -> None:
+    """BentoML's store and, for what reads the registry, MLflow's are where make has them, unless the environment says otherwise."""
+    os.environ.setdefault("BENTOML_HOME", str(Path.cwd() / "var/bentoml"))
+    if arguments.command in REGISTRY or getattr(arguments, "champion", False):
+        from stages.whence import store
+
+        os.environ.setdefault("MLFLOW_TRACKING_URI", store(Path.cwd()))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description="Run, schedule, promote and serve what the graph builds.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for subject in (_building, _trying, _registering, _serving, _showing, _checking):
+        subject(commands)
+    return parser
 
+
+def _building(commands: Commands) -> None:
+    """The graph, here or by a Prefect server."""
     rebuild = commands.add_parser("rebuild", help="the graph as a Prefect flow, one task a node")
     rebuild.add_argument("--trainer", default="", help="the deployment that trains, such as train/gpu (default: train here)")
     rebuild.add_argument(
@@ -40,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     deploy.add_argument("--kubernetes", action="store_true", help="the GPU pool is of Kubernetes jobs, by pipelines/kubernetes.json")
     deploy.set_defaults(do=_deploy)
 
+
+def _trying(commands: Commands) -> None:
+    """The graph with other params."""
     experiment = commands.add_parser("experiment", help="the graph under a profile, as a DVC experiment; params.yaml stays as it is")
     experiment.add_argument("profile", help="an overlay in profiles/, such as smoke or gpu")
     experiment.add_argument("dvc", nargs="*", help="more for `dvc exp run`, after --, such as -S train.base.steps=100")
@@ -53,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--name", default="", help="of the sweep (default: the grid's, and the time)")
     sweep.set_defaults(do=_sweep)
 
+
+def _registering(commands: Commands) -> None:
+    """The models in the registry."""
     promote = commands.add_parser("promote", help="register the finished models in MLflow and move the champion alias by its rule")
     promote.set_defaults(do=_promote)
 
@@ -65,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("digest", help="of the bundle, or its beginning")
     restore.set_defaults(do=_restore)
 
+
+def _serving(commands: Commands) -> None:
+    """The service."""
     package = commands.add_parser("package", help="build the Bento from the finished model, index and embedder")
     package.set_defaults(do=_package)
 
@@ -89,22 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     smoke = commands.add_parser("serve-smoke", help="package, serve on a free port, ask, check whose answer it is, and stop")
     smoke.set_defaults(do=_serve_smoke)
 
+
+def _showing(commands: Commands) -> None:
+    """What a finished build looks like."""
     screenshots = commands.add_parser("screenshots", help="pictures of the page's tabs, from a Bento packaged and served for it")
     screenshots.add_argument("--out", type=Path, default=Path("docs/screenshots"), help="their folder (default: docs/screenshots)")
     screenshots.add_argument("--url", default="", help="a server that runs already, such as http://127.0.0.1:3000 (default: serve one)")
     screenshots.set_defaults(do=_screenshots)
 
+    video = commands.add_parser("video", help="a walkthrough of a finished build, filmed from the real servers and a real shell")
+    video.add_argument("--out", type=Path, default=Path("docs/walkthrough.webm"), help="the file (default: docs/walkthrough.webm)")
+    video.set_defaults(do=_video)
+
+
+def _checking(commands: Commands) -> None:
+    """Whether what is built can be trusted."""
     certify = commands.add_parser("certify", help="the graph under a profile, built twice in two clones of HEAD, with equal digests")
     certify.add_argument("--profile", default="smoke", help="an overlay in profiles/ (default: smoke)")
     certify.set_defaults(do=_certify)
 
     fsck = commands.add_parser("fsck", help="read every object of DVC's cache, and remove what is damaged")
     fsck.set_defaults(do=_fsck)
-
-    video = commands.add_parser("video", help="a walkthrough of a finished build, filmed from the real servers and a real shell")
-    video.add_argument("--out", type=Path, default=Path("docs/walkthrough.webm"), help="the file (default: docs/walkthrough.webm)")
-    video.set_defaults(do=_video)
-    return parser
 
 
 def _rebuild(arguments: argparse.Namespace) -> None:

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
+
+import psutil
 
 from llm_from_scratch import config
 from llm_from_scratch.serving import package as bento
@@ -22,6 +24,7 @@ from stages.__main__ import read_yaml
 SHOWN_BYTES = 64 * 2**20
 """Of a rung that the page shows beside the served model: every Bento carries and opens them all, so the large ones stay at home."""
 READY_SECONDS = 300
+STOP_SECONDS = 30
 RELOAD_SECONDS = 600
 """The new model is read, checked and opened before the server answers."""
 
@@ -103,10 +106,19 @@ def serving(tag: str) -> Iterator[str]:
     finally:
         server.terminate()
         try:
-            server.wait(30)
+            server.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            kill(server)
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    """End a server and its family at once: BentoML's workers have groups of their own, and would outlive their parent."""
+    if server.poll() is None:
+        parent = psutil.Process(server.pid)
+        for one in (parent, *parent.children(recursive=True)):  # the parent first, as it would start them again
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    server.wait()
 
 
 def _wait(address: str, server: subprocess.Popen[bytes]) -> None:

@@ -78,7 +78,7 @@ def in_the_terminal(camera: Camera, root: Path) -> None:
     try:
         rebuilding(camera, terminal)
         asking_whence(camera, terminal, model)
-        killing(camera, terminal, root)
+        killing(camera, terminal)
     finally:
         terminal.close()
 
@@ -109,11 +109,10 @@ def asking_whence(camera: Camera, terminal: Terminal, model: str) -> None:
     camera.say(said, 6)
 
 
-def killing(camera: Camera, terminal: Terminal, root: Path) -> None:
+def killing(camera: Camera, terminal: Terminal) -> None:
     """A training that is killed goes on, and ends in the same bytes. What only a clock could change, DVC puts back."""
     weights = f"sha256sum artifacts/models/{KILLED_RUNG}/model.safetensors"
     training = f"python -m stages train {KILLED_RUNG}"
-    shutil.rmtree(root / "runs", ignore_errors=True)
     terminal.clear()
     camera.say("Kill it anywhere: the same command goes on, and ends in the same bytes.  (2× faster)", 1)
     terminal.run(weights, 20)

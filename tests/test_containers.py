@@ -182,10 +182,12 @@ def test_the_worker_waits_for_its_servers_and_runs_this_folder() -> None:
     assert all(worker["depends_on"][name] == {"condition": "service_healthy"} for name in ("prefect", "mlflow"))
     assert {words[words.index("--pool") + 1] for words in (worker["command"], service("trainer")["command"])} == pools
     assert worker["volumes"] == [f".:{worker['working_dir']}"]
+    assert worker["environment"]["BENTOML_HOME"] == f"{worker['working_dir']}/var/bentoml"
     assert worker["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"
 
 
 def test_no_service_is_given_more_than_it_needs() -> None:
     for name in SERVICES:
-        assert not {"privileged", "network_mode", "cap_add", "pid"} & set(service(name)), name
+        assert not {"privileged", "network_mode", "cap_add"} & set(service(name)), name
+        assert service(name).get("pid") == ("service:worker" if name == "trainer" else None), name
         assert not [mount for mount in service(name)["volumes"] if mount.startswith("/")], name

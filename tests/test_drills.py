@@ -36,10 +36,16 @@ def test_a_drill_that_cannot_be_held_says_why_and_one_that_breaks_is_a_failure(m
     def broken(ground: Ground) -> Outcome:
         raise RuntimeError("train@base ended with 1")
 
+    def unforeseen(ground: Ground) -> Outcome:
+        """It used to end all drills, those after it unheld."""
+        raise subprocess.TimeoutExpired("dvc repro", 9)
+
     row = held(monkeypatch, unfit)
     assert (row["failed"], row["what you see"]) == (False, "not held: needs root")
     row = held(monkeypatch, broken)
-    assert (row["failed"], row["what you see"]) == (True, "FAILED: train@base ended with 1")
+    assert (row["failed"], row["what you see"]) == (True, "FAILED: RuntimeError: train@base ended with 1")
+    row = held(monkeypatch, unforeseen)
+    assert (row["failed"], row["what you see"]) == (True, "FAILED: TimeoutExpired: Command 'dvc repro' timed out after 9 seconds")
 
 
 def test_rows_of_other_drills_stay_in_the_table_in_its_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

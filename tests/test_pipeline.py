@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from llm_from_scratch import bundle
-from pipelines import dvc
+from pipelines import certify, dvc
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.network]
@@ -52,11 +52,7 @@ def git(clone: Path, *arguments: str) -> None:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The tree as it is now, uncommitted changes too, in a repository of its own. What this checkout has downloaded is its mirror."""
     folder = tmp_path_factory.mktemp("graph") / "clone"
-    mirror = folder.parent / "mirror"
-    mirror.mkdir()
-    for archive in (ROOT / "var" / "downloads").glob("*/*"):
-        if archive.suffix in {".whl", ".gz"}:
-            (mirror / archive.name).symlink_to(archive)
+    mirror = certify.collected(ROOT / "var" / "downloads", folder.parent / "mirror")
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

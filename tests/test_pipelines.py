@@ -11,6 +11,7 @@ from collections.abc import Set
 from concurrent.futures import Future
 from pathlib import Path
 
+import psutil
 import pytest
 from prefect import flow, get_client
 from ruamel.yaml import YAML
@@ -18,6 +19,7 @@ from zc.lockfile import LockFile
 
 from llm_from_scratch import bundle, registry, tracking
 from llm_from_scratch.evaluation.promotion import Scores
+from pipelines import __main__ as commands
 from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, sweep
 from pipelines.graph import parse, touched, walk
 from tests.prefect_runs import artifacts, environment, project, story, tasks, waited
@@ -321,6 +323,35 @@ def write_verdict(root: Path) -> None:
     entry["scores"] = {"file": "scores.json", "sha256": bundle.file_digest(root / "scores.json")}
     rule = {"minimum_gain": 0.01, "minimum_units": 20, "resamples": 500, "confidence": 0.95, "seed": 1}
     (root / "reports" / "verdict.json").write_text(json.dumps({"rule": rule, "candidates": [entry]}))
+
+
+def test_a_command_that_make_did_not_call_finds_the_stores_where_make_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reload` used to store into ~/bentoml, where no server of `make serve` looks, and `rollback` knew no registry."""
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var/mlflow.db").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def settled(*words: str, **given: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", given)
+        commands._settle(commands._parser().parse_args(words))
+        return given
+
+    stores = {"BENTOML_HOME": f"{tmp_path}/var/bentoml"}
+    assert settled("reload") == stores
+    for words in (["rollback", "served"], ["restore", "5e1f"], ["serve", "--champion"]):
+        assert settled(*words) == {**stores, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/var/mlflow.db"}
+    others = {"BENTOML_HOME": "/elsewhere", "MLFLOW_TRACKING_URI": ""}
+    assert settled("restore", "5e1f", **others) == others
+
+
+def test_a_server_that_does_not_stop_is_killed_with_its_family() -> None:
+    """A worker with a process group of its own, as BentoML's have, used to stay behind."""
+    worker = "import subprocess, time; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        left = psutil.Process(int(server.stdout.readline()))
+        bento.kill(server)
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
 
 
 def test_packaging_reads_params_as_strictly_as_a_stage(tmp_path: Path) -> None:
