@@ -1,6 +1,7 @@
 """What the model cards tell beside the report: where a model is weak, what it leans to, what it knows by heart. The section `cards`.
 
-Everything is measured on the corpus of the index, for it is what all these models have read and what the held-out texts are from.
+Everything is measured on the corpus that `base` has read: all these models were made of it, and the held-out texts are from there. What is
+searched may be another corpus, of which they know nothing.
 """
 
 from __future__ import annotations
