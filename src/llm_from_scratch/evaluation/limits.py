@@ -17,7 +17,8 @@ from llm_from_scratch.data.documents import Document
 from llm_from_scratch.evaluation.bias import pronouns, pronouns_read
 from llm_from_scratch.evaluation.energy import EnergyParams
 from llm_from_scratch.evaluation.memorization import MemorizationParams, memorization, runs_of
-from llm_from_scratch.evaluation.topics import Progress, bits_by_topic, quiet
+from llm_from_scratch.evaluation.multiple_choice import Progress, quiet
+from llm_from_scratch.evaluation.topics import bits_by_topic
 from llm_from_scratch.inference.decoding import context_of
 from llm_from_scratch.section import Section
 from llm_from_scratch.tokenizer.base import Tokenizer
