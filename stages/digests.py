@@ -51,16 +51,24 @@ def main(given: Sequence[str]) -> None:
 
 
 def made(root: Path) -> Rebuild:
-    """What is in artifacts/ now, every byte of it checked. Raises BundleError where a bundle is damaged."""
+    """What the graph has made and artifacts/ has now, every byte of it checked; what was imported, or is left over, is not the rebuild's.
+
+    Raises BundleError where a bundle is damaged.
+    """
     artifacts = root / "artifacts"
-    manifests = sorted(path for place in ("*", "*/*") for path in artifacts.glob(f"{place}/{bundle.MANIFEST}"))
-    folders = [path.parent for path in manifests]
+    folders = [root / path for path in outputs(root) if path.startswith("artifacts/") and (root / path / bundle.MANIFEST).exists()]
     metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
     return Rebuild(
         made_on=made_on(),
         digests={folder.relative_to(artifacts).as_posix(): bundle.verify(folder).digest for folder in folders},
         val_bpb=bits_per_byte(metrics),
     )
+
+
+def outputs(root: Path) -> list[str]:
+    """What dvc.lock says that the graph made."""
+    lock = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text(encoding="utf-8"))
+    return sorted(out["path"] for node in lock["stages"].values() for out in node.get("outs", []))
 
 
 def bits_per_byte(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from math import isnan
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 
 from llm_from_scratch import bundle, progress, tokenizer, tracking
 from llm_from_scratch.config import Params
-from llm_from_scratch.data.documents import Document, read_documents
+from llm_from_scratch.data.documents import read_documents
 from llm_from_scratch.data.questions import questions
 from llm_from_scratch.data.shards import open_shards
 from llm_from_scratch.evaluation import energy
@@ -51,7 +51,8 @@ def run(params: Params, name: str, root: Path) -> None:
     models = [*params.train, *params.finetune, *params.quantize]
     manifests = {model: bundle.verify(artifacts / "models" / model) for model in models}
 
-    reads = [f"artifacts/raw/{params.index.documents}", f"artifacts/raw/{params.index.embedder}", "artifacts/index"]
+    raw = dict.fromkeys([params.index.documents, params.index.embedder, learned_from(params)])
+    reads = [*(f"artifacts/raw/{name}" for name in raw), "artifacts/index"]
     reads += [f"artifacts/models/{model}" for model in models] + [f"artifacts/tokens/{params.train['ngram'].tokens}"]
     with tracking.stage_run("evaluate", "", params.evaluate.model_dump(), reads) as log:
         mixed = with_ngram(params, artifacts)
@@ -123,7 +124,7 @@ def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], li
 
 def look_at(params: Params, artifacts: Path, served: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the models of the section `cards`, and the served one, cannot do, lean to and know by heart, beside what is `known` of them."""
-    read = material(list(read_documents(artifacts / "raw" / params.index.documents)), params.cards)
+    read = material(list(read_documents(artifacts / "raw" / learned_from(params))), params.cards)
     models, found = dict.fromkeys([*params.cards.models, served]), {}
     with progress.bar(total=len(models) * len(read.held_out), desc="measuring limits", unit=" texts") as bar:
         for name in models:
@@ -132,6 +133,11 @@ def look_at(params: Params, artifacts: Path, served: str, known: Mapping[str, Ma
             assert isinstance(model, nn.Module)
             found[name] = {**known.get(name, {}), **limits(model, words, read, params.cards, params.evaluate.seed, bar.update)}
     return found
+
+
+def learned_from(params: Params) -> str:
+    """The corpus that base has read, and with it all that was made of base; what is searched may be another."""
+    return params.tokenize[params.train["base"].tokens].corpus
 
 
 def estimates(params: Params, stages: Mapping[str, Any], manifests: Mapping[str, bundle.Manifest]) -> dict[str, dict[str, float]]:
@@ -227,9 +233,9 @@ def compared_by(params: Params, served: Mapping[str, Any]) -> dict[str, tuple[st
 
 
 def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict[str, Scores]:
-    """What each held-out unit costs each candidate."""
+    """What each held-out unit costs each candidate: a model texts of the corpus it learned from, the retriever questions of its own."""
     told = params.evaluate
-    held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
+    held_out = list(read_documents(artifacts / "raw" / learned_from(params), "validation"))
     exam = Exam.of(held_out, told.promotion.units, {}, told.answer_tokens, told.seed)
     found = {}
     for name, (model, metric) in progress.bar(compared_by(params, served).items(), desc="scoring for promotion", unit=" models"):
@@ -238,11 +244,12 @@ def examined(params: Params, artifacts: Path, served: Mapping[str, Any]) -> dict
         judging = bundle.read_manifest(artifacts / "models" / model).facts.get("judge", judging)
         base = artifacts / "models" / entry.model if entry else None
         found[name] = scores_of(artifacts / "models" / model, metric, replace(exam, judge=judging), base)
-    return found | {RETRIEVER: Scores("1 - mrr", searched(params, artifacts, held_out))}
+    return found | {RETRIEVER: Scores("1 - mrr", searched(params, artifacts))}
 
 
-def searched(params: Params, artifacts: Path, held_out: Sequence[Document]) -> Mapping[str, tuple[float, float]]:
+def searched(params: Params, artifacts: Path) -> Mapping[str, tuple[float, float]]:
     """What each held-out question costs the retriever; none where no question has a known answer, see `ask`."""
+    held_out = list(read_documents(artifacts / "raw" / params.index.documents, "validation"))
     if not any(document.description for document in held_out):
         return {}
     index = Index.open(artifacts / "index", Embedder.open(artifacts / "raw" / params.index.embedder))

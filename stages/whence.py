@@ -52,6 +52,8 @@ FIGURES = {
     "heatmap_gpt": "ladder.gpt",
 }
 """What `evaluate` draws, and the keys of metrics.json whose bundles it draws it from."""
+BESIDE = {"drills": "python -m drills", "digests": "python -m stages digests"}
+"""Files of reports/ that no node of the graph makes, and the commands that do."""
 HOMES = dict.fromkeys(("ladder", "mixture", "quantize", "finetune", "alignment"), "models") | {"tokenize": "tokens", "data": "raw"}
 """Keys of metrics.json that have an entry for each bundle, and where those lie in artifacts/."""
 SECTIONS = {"download": "sources"}
@@ -191,7 +193,7 @@ class Chains:
 
     def report(self, path: Path) -> Link:
         """A figure or page of the report, with the bundles that its numbers are of, as metrics.json has them."""
-        if path.parent.name == "benchmarks":
+        if path.parent.name == "benchmarks" or path.stem in BESIDE:
             return by_hand(self.project.root, path)
         keys = keys_of(self.project, path)
         facts: dict[str, Any] = {"made_by": "readme, from evaluate" if filled(path) else "evaluate", "numbers": METRICS, "keys": keys}
@@ -237,11 +239,11 @@ def missing(what: str, hint: str) -> Link:
 
 
 def by_hand(root: Path, path: Path) -> Link:
-    """A table of benchmarks/: no node of the graph makes it, and it says itself on which machine it was made."""
+    """A table of benchmarks/, or what is BESIDE the graph: no node makes it, and it says itself on which machine it was made."""
     table = root / path.with_suffix(".json")
     said = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
-    facts = {"made_by": f"python -m benchmarks.{path.stem}", **committed(root, path)}
-    return Link(path.as_posix(), "table", facts | {name: said[name] for name in ("machine", "settings") if name in said}, {})
+    facts = {"made_by": BESIDE.get(path.stem, f"python -m benchmarks.{path.stem}"), **committed(root, path)}
+    return Link(path.as_posix(), "table", facts | {name: said[name] for name in ("machine", "settings", "made_on") if name in said}, {})
 
 
 def filled(path: Path) -> bool:

@@ -54,11 +54,13 @@ def test_a_bundle_that_is_not_there_is_named() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Two real bundles, the numbers of a report, and a git repository around them."""
+    """Two real bundles that dvc.lock has, the numbers of a report, and a git repository around them."""
     for name, text in (("raw/text", "a corpus"), ("models/base", "its weights")):
         with bundle.writing(tmp_path / "artifacts" / name) as folder:
             (folder / "content.txt").write_text(text)
             bundle.seal(folder, "corpus", "download@text")
+    outs = [{"path": f"artifacts/{name}", "md5": "11"} for name in ("raw/text", "models/base")]
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": {"all": {"outs": outs}}}))
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/metrics.json").write_text(json.dumps({"ladder": {"base": {"val_bpb": 1.9}}}))
@@ -92,3 +94,14 @@ def test_the_first_rebuild_is_written_down_and_the_next_is_compared_with_it(proj
     assert again.stdout.startswith("1 of 2 digests equal the committed ones (same CPU family); the first that differs is models/base")
     assert again.returncode == 1
     assert again.stderr == "digests --strict: 1 digests differ and 0 bundles are not here; see git diff reports/digests.json\n"
+
+
+def test_what_no_node_made_is_not_of_the_rebuild_even_if_damaged(project: Path) -> None:
+    """A model that somebody imported used to be one that every other rebuild lacks."""
+    with bundle.writing(project / "artifacts/models/theirs") as folder:
+        (folder / "content.txt").write_text("weights of others")
+        bundle.seal(folder, "model", "import")
+    (project / "artifacts/models/theirs/content.txt").write_text("and damaged")
+
+    assert digests(project).returncode == 0
+    assert list(json.loads((project / "reports/digests.json").read_text())["digests"]) == ["models/base", "raw/text"]

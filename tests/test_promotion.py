@@ -134,6 +134,11 @@ def test_texts_cost_together_what_the_ruler_says(model: Path, exam: scores.Exam)
     assert found.mean == pytest.approx(ruler.val_bpb, rel=1e-9)
 
 
+def test_where_no_text_is_held_out_none_costs_anything(model: Path, exam: scores.Exam) -> None:
+    """It used to be an error of numpy's."""
+    assert scores.scores_of(model, "val_bpb", replace(exam, texts=[])).units == {}
+
+
 def test_answers_cost_together_what_fine_tuning_minimised(model: Path, exam: scores.Exam) -> None:
     found = scores.scores_of(model, "val_loss", exam)
     opened, words = open_whole(model)

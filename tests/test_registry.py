@@ -100,6 +100,15 @@ def test_a_champion_that_is_scored_anew_is_compared_by_its_new_scores(store: Mlf
     assert not offered(tmp_path, models[1], better=0.2, spread=0.01)[1].promoted
 
 
+def test_a_champion_that_nothing_was_asked_keeps_the_scores_it_has(store: MlflowClient, tmp_path: Path, models: list[Path]) -> None:
+    """Its next challenger would share no unit with it, and none would ever take over."""
+    offered(tmp_path, models[0])
+    unasked = candidate(tmp_path, models[0])
+    unasked.scores.write_text(Scores("val_bpb", {}).to_json())
+    assert registry.register(unasked) == "1"
+    assert offered(tmp_path, models[1], better=0.2, spread=0.01)[1].promoted
+
+
 def test_a_champion_from_before_scores_were_kept_stays_and_the_way_to_move_it_is_named(
     store: MlflowClient, tmp_path: Path, models: list[Path]
 ) -> None:

@@ -275,11 +275,23 @@ def test_every_figure_and_page_of_the_committed_report_is_known() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "reports", *whence.PAGES, str(whence.POSTS)], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
-    pages = [Path(name) for name in listed.splitlines() if "benchmarks" not in name]
+    pages = [Path(name) for name in listed.splitlines() if "benchmarks" not in name and Path(name).stem not in whence.BESIDE]
 
     assert len(pages) > 30
     assert [page for page in pages if page.stem not in ("week_07",) and not whence.keys_of(here, page)] == []
     assert whence.keys_of(here, Path("reports/weeks/week_02.md")) == ["tokenize", "ladder.mlp", "ladder.bigram", "ladder.ngram", "mixture"]
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [("drills.md", "python -m drills"), ("drills.json", "python -m drills"), ("digests.json", "python -m stages digests")],
+)
+def test_what_is_written_beside_the_graph_names_its_command(file: str, command: str) -> None:
+    """It used to be evaluate's, or a page without a template."""
+    said = whence.find(whence.opened(ROOT), f"reports/{file}")
+
+    assert (said.facts["made_by"], said.parents) == (command, {})
+    assert ("made_on" in said.facts) == (file == "digests.json")
 
 
 # MLflow.

@@ -1,6 +1,7 @@
 """What the model cards tell beside the report: where a model is weak, what it leans to, what it knows by heart. The section `cards`.
 
-Everything is measured on the corpus of the index, for it is what all these models have read and what the held-out texts are from.
+Everything is measured on the corpus that `base` has read: all these models were made of it, and the held-out texts are from there. What is
+searched may be another corpus, of which they know nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from llm_from_scratch.data.documents import Document
 from llm_from_scratch.evaluation.bias import pronouns, pronouns_read
 from llm_from_scratch.evaluation.energy import EnergyParams
 from llm_from_scratch.evaluation.memorization import MemorizationParams, memorization, runs_of
-from llm_from_scratch.evaluation.topics import Progress, bits_by_topic, quiet
+from llm_from_scratch.evaluation.multiple_choice import Progress, quiet
+from llm_from_scratch.evaluation.topics import bits_by_topic
 from llm_from_scratch.inference.decoding import context_of
 from llm_from_scratch.section import Section
 from llm_from_scratch.tokenizer.base import Tokenizer

@@ -93,6 +93,8 @@ def scores_of(folder: Path, metric: str, exam: Exam, base: Path | None = None) -
 
 def text_units(model: nn.Module, words: Tokenizer, texts: Sequence[str]) -> Units:
     """Bits of each text with its end, and the bytes that it has; the texts are read one after the other, as the ruler reads."""
+    if not texts:
+        return {}
     ids = ids_of(["", *texts], words)
     ends = np.flatnonzero(ids == words.eot)
     costs = np.add.reduceat(token_nats(model, ids, context_of(model), BATCH), ends[:-1]) / math.log(2)

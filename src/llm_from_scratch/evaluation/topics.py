@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,17 @@ from torch import nn
 
 from llm_from_scratch.data.documents import Document
 from llm_from_scratch.evaluation.likelihood import Likelihood, score
+from llm_from_scratch.evaluation.multiple_choice import Progress, quiet
 from llm_from_scratch.tokenizer.base import Tokenizer
-
-Progress = Callable[[int], object]
-"""Told of every text that was read."""
-
-
-def quiet(done: int) -> None:
-    """Nobody is told."""
 
 
 def bits_by_topic(
     model: nn.Module, tokenizer: Tokenizer, documents: Sequence[Document], context: int, progress: Progress = quiet
 ) -> list[dict[str, Any]]:
-    """For each topic its `documents`, `bytes` and `val_bpb`, the cheapest first. Raises ValueError where a text spells no byte."""
+    """For each topic its `documents`, `bytes` and `val_bpb`, the cheapest first. Raises ValueError where a text spells no byte.
+
+    `progress` is told of every text that was read.
+    """
     spelled = tokenizer.token_bytes()
     costs: dict[str, list[Likelihood]] = defaultdict(list)
     for document in documents:

@@ -194,7 +194,9 @@ def _write(folder: Path, candidate: Candidate) -> None:
 
 
 def _keep_scores(client: Any, version: ModelVersion, candidate: Candidate) -> None:
-    """A bundle that is scored anew, on other units perhaps, is compared by its new scores."""
+    """A bundle that is scored anew, on other units perhaps, is compared by its new scores; where nothing was asked, by those it has."""
+    if not Scores.from_json(candidate.scores.read_text(encoding="utf-8")).units:
+        return
     digest = bundle.file_digest(candidate.scores)
     if (place := version.tags.get("artifacts", "")) and version.tags.get("scores") != digest:
         with tempfile.TemporaryDirectory() as partial:
