@@ -7,6 +7,7 @@ in the spool and is delivered at the next connection.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,6 +187,7 @@ def write_pyfunc(
     """What `mlflow.pyfunc.load_model` opens, some kilobytes: the file `code`, which calls `be_pyfunc`, and what it is told (`config`)."""
     from mlflow.pyfunc import save_model
 
+    logging.getLogger("mlflow.models.signature").setLevel(logging.WARNING)  # it says of each version that it asks the example
     token = _untried.set(True)
     try:
         save_model(folder, python_model=str(code), model_config=dict(config), input_example=example, pip_requirements=requires)
