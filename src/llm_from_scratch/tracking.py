@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "llm-from-scratch"
 BATCH = 200  # metrics written at once: one call to sqlite costs some 40 ms however many it carries
-GRACE = 10.0  # seconds that a server may keep a stage in all, and the share of a long stage's time that it may besides
-SHARE = 0.02
+GRACE, SHARE = 10.0, 0.02  # seconds that a server may keep a stage in all, and the share of a long stage's time that it may besides
 
 Log = Callable[[int, Mapping[str, float]], None]
 
