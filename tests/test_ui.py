@@ -298,6 +298,7 @@ def test_who_leaves_the_page_stops_the_work_and_who_types_on_while_it_goes_on_ke
                 chat.get_by_role("textbox", name="Message").fill("A cat?")
                 chat.get_by_role("button", name="Send").click()
                 until(lambda: other.lane.running == 1)
+                expect(chat.get_by_role("textbox", name="Message")).to_have_value("")  # the one emptying that is meant
                 expect(chat.get_by_test_id("bot").first).to_be_visible()
                 chat.get_by_role("textbox", name="Message").fill("And a dog?")  # every piece of an answer used to empty the box again
                 page.wait_for_timeout(500)
