@@ -52,8 +52,8 @@ TOY = LlamaShape(
     tied=True,
     norm_eps=1e-5,
 )
-PROMPT, CONCURRENT, LOOKUP, DRAFT = 16, (1, 4, 16), 6, 7
-PEER, OURS = "transformers.generate, fp32", "fp32"
+PROMPT, CONCURRENT, LOOKUP, DRAFT = 16, (1, 4, 16), 6, 4
+PEER, OURS, LAST = "transformers.generate, fp32", "fp32", "uncached, the last token"
 STREAM = "weights read once"
 
 NOTES = [
@@ -61,7 +61,8 @@ NOTES = [
     "read too, the median of all rounds; ratios are medians of the ratios within a round. Peer and engine run in turn in one process.",
     "`transformers` is the faster of its two rows: as many threads as the machine has cores, and one. A small model is faster with "
     "one, so our engine takes one for it by itself; a large one is bound by reading its weights.",
-    "`uncached` reads the whole text again for every token. For it, forwards at nine lengths were timed and summed up in between.",
+    "`uncached` reads the whole text again for every token. For it, forwards at nine lengths were timed and summed up in between; "
+    f"`{LAST}` is by the longest of them, the forward that a token costs at the end of the text.",
     f"`fp32, drafting` is fp32's own text: an 8-bit copy of the model writes {DRAFT} tokens ahead, and a forward in fp32 checks them all.",
     f"`{STREAM}` writes nothing: it sums as many numbers as the weights that a token needs hold bytes (the embedding counts as the head), "
     "with all threads. No engine that reads every weight for every token is faster, so its `× transformers` is what there is to gain in "
@@ -155,9 +156,10 @@ def measured(name: str, model: Any, effort: Effort) -> list[dict[str, Any]]:
             taken = run()
             if turn:  # the first round is not counted: caches, lazy set-up
                 seconds[how].append(taken)
-    seconds["uncached"] = [uncached(model, prompts[0], new)] * effort.rounds
+    whole, last = uncached(model, prompts[0], new)
+    seconds |= {"uncached": [whole] * effort.rounds, LAST: [new * last] * effort.rounds}
     tokens = {how: new * (int(how.removeprefix("requests: ")) if how.startswith("requests") else 1) for how in seconds}
-    return [row(name, how, seconds, tokens) for how in ("uncached", *runs)]
+    return [row(name, how, seconds, tokens) for how in ("uncached", LAST, *runs)]
 
 
 def peers(model: Any, prompt: list[int], new: int) -> dict[str, Callable[[], float]]:
@@ -229,8 +231,8 @@ def reading(size: int, new: int) -> Callable[[], float]:
     return run
 
 
-def uncached(model: nn.Module, prompt: list[int], new: int) -> float:
-    """Seconds of `new` forwards over a text that grows from `prompt`: nine of them timed, and what lies between on straight lines."""
+def uncached(model: nn.Module, prompt: list[int], new: int) -> tuple[float, float]:
+    """Seconds of `new` forwards over a text that grows from `prompt`, and of the last: nine of them timed, the rest on straight lines."""
     places = sorted({round(place * (new - 1) / 8) for place in range(9)})
     found = []
     for place in places:
@@ -243,7 +245,7 @@ def uncached(model: nn.Module, prompt: list[int], new: int) -> float:
             times.append(perf_counter() - started)
         found.append(median(times))
     pairs = zip(places, places[1:], found, found[1:], strict=False)
-    return found[0] + sum((end - start) * (first + last) / 2 for start, end, first, last in pairs)
+    return found[0] + sum((end - start) * (first + last) / 2 for start, end, first, last in pairs), found[-1]
 
 
 def row(name: str, how: str, seconds: Mapping[str, list[float]], tokens: Mapping[str, int]) -> dict[str, Any]:
@@ -252,6 +254,7 @@ def row(name: str, how: str, seconds: Mapping[str, list[float]], tokens: Mapping
     found: dict[str, Any] = {"model": name, "how": how, "tokens/s": rate["median"], "from … to": f"{rate['low']:.4g} … {rate['high']:.4g}"}
     found["× transformers"] = median(tokens[how] / tokens[OURS] * theirs / ours for theirs, ours in zip(best, seconds[how], strict=True))
     found["× uncached"] = _times(seconds, how, "uncached") if how == OURS else ""
+    found["× its last"] = _times(seconds, how, LAST) if how == OURS else ""
     base = "requests: 1" if how.startswith("requests") else "repeating" if how == "lookup" else None
     found["× one"] = "" if base is None else _times(seconds, how, base) * tokens[how] / tokens[base]
     return found

@@ -31,8 +31,8 @@ HOW = {
     "bf16": "in bfloat16, and so is all the rest. Loading widens them to float32: the file is smaller, the model in memory is not.",
     "int8": EIGHT_BITS + "bitsandbytes multiplies by them.",
     "int8_dynamic": EIGHT_BITS
-    + "Here they are multiplied by activations rounded token by token (kernel `int8.Dynamic`); `transformers` runs "
-    "them as LLM.int8(), so its logits are near these, not equal.",
+    + "Here the MLPs' are multiplied by activations rounded token by token (kernel `int8.Dynamic`), attention's by activations in "
+    "bfloat16 (`int8.WeightOnly`); `transformers` runs them as LLM.int8(), so its logits are near these, not equal.",
     "int8_weight": EIGHT_BITS
     + "Here they are multiplied by activations in bfloat16 (kernel `int8.WeightOnly`); `transformers` runs them as "
     "LLM.int8(), so its logits are near these, not equal.",

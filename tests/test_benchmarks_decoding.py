@@ -25,6 +25,7 @@ def test_every_way_of_decoding_has_its_row_for_a_bundle_and_the_toy(tmp_path: Pa
     peer = "transformers.generate, fp32"
     hows = [
         "uncached",
+        "uncached, the last token",
         peer,
         f"{peer}, one thread",
         "weights read once",

@@ -292,6 +292,13 @@ def test_only_the_linear_layers_of_the_blocks_are_replaced_and_the_original_stay
     assert all(torch.equal(small.state_dict()[name], before[name]) for name in untouched)
 
 
+def test_int8_dynamic_rounds_the_activations_of_the_mlps_and_not_of_attention(shape: str) -> None:
+    small = quantize(trained(shape), "int8_dynamic")
+    kinds = {name.split(".")[-2]: type(layer) for name, layer in quantized_layers(small).items()}
+    assert kinds == {"attn" if shape == "gpt2" else "self_attn": WeightOnly, "mlp": Dynamic}
+    assert scheme_of(small) == "int8_dynamic"
+
+
 def test_nf4_refuses_rows_that_do_not_divide_into_its_blocks() -> None:
     """bitsandbytes 0.50's CPU kernel unpacks them with their neighbours' scales: the weights came out wrong, and nothing said so."""
     torch.manual_seed(0)
