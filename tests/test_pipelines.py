@@ -20,7 +20,7 @@ from zc.lockfile import LockFile
 from llm_from_scratch import bundle, registry, tracking
 from llm_from_scratch.evaluation.promotion import Scores
 from pipelines import __main__ as commands
-from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, sweep
+from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, servers, sweep
 from pipelines.graph import parse, touched, walk
 from tests.prefect_runs import artifacts, environment, project, story, tasks, waited
 
@@ -350,8 +350,8 @@ def test_a_server_that_does_not_stop_is_killed_with_its_family() -> None:
     with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         left = psutil.Process(int(server.stdout.readline()))
-        bento.kill(server)
-    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+        servers.end(server)
+    waited(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, 10, "the worker lives on")
 
 
 def test_packaging_reads_params_as_strictly_as_a_stage(tmp_path: Path) -> None:
