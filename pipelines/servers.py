@@ -38,10 +38,11 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server that `command` starts in `folder`, once GET `ready` is answered; in the end it is asked to stop, as `end` has it.
 
-    What it says goes into `log`. Raises ValueError with its last words where it does not come up.
+    What it says goes into `log`. Raises ValueError with its last words where it does not come up. It stays in the process group of who
+    started it: what ends that from outside, as a flow's leash does, ends the server too.
     """
     with log.open("w+b") if log else tempfile.TemporaryFile() as output:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
         try:
             until = time.monotonic() + READY_SECONDS
             while not answers(ready):

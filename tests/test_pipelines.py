@@ -354,6 +354,19 @@ def test_a_server_that_does_not_stop_is_killed_with_its_family() -> None:
     waited(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, 10, "the worker lives on")
 
 
+def test_a_server_ends_with_the_flow_that_was_killed_while_it_ran(tmp_path: Path) -> None:
+    """In a session of its own it would go on with the port, and nobody would know."""
+    address = f"http://127.0.0.1:{(port := servers.free_port())}"
+    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    holder = f"import time; from pipelines.servers import running\nwith running({command}, '{address}'): time.sleep(60)"
+    flow = subprocess.Popen([*process.LEASH, sys.executable, "-c", holder], stdin=subprocess.PIPE, cwd=ROOT)
+    assert flow.stdin is not None
+    waited(lambda: servers.answers(address), 60, "no server")
+    flow.stdin.close()  # as the kernel does for who is killed
+    flow.wait(30)
+    assert not servers.answers(address)
+
+
 def test_packaging_reads_params_as_strictly_as_a_stage(tmp_path: Path) -> None:
     """A wrong key used to be a page of pydantic's, a missing section a KeyError, a stray bracket a traceback."""
     told = (ROOT / "params.yaml").read_text(encoding="utf-8")
