@@ -19,7 +19,8 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from benchmarks.serving_clients import PROMPTS, Load, Told
-from benchmarks.serving_server import ROOT, Parts, free_port, running, serving, store
+from benchmarks.serving_server import ROOT, Parts, serving, store
+from pipelines.servers import free_port, running
 
 PEERS = {
     f"transformers serve {version('transformers')}": [],
@@ -77,7 +78,7 @@ def peer(parts: Parts, folder: Path, more: Sequence[str]) -> Iterator[tuple[str,
     command = [program, "serve", model, "--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", *more]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     address = f"http://127.0.0.1:{port}"
-    with running(command, folder / "peer.log", address, "/health", environment, ROOT):
+    with running(command, f"{address}/health", log=folder / "peer.log", environment=environment, folder=ROOT):
         yield address, model
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
 
 from llm_from_scratch import config
 from llm_from_scratch.serving.limits import ServeParams
-from pipelines.bento import kill
+from pipelines.servers import free_port, running
 from stages.__main__ import read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +31,6 @@ index, embedder, *models = map(Path, sys.argv[2:])
 print(*(package(model, index, embedder, limits) for model in models))
 """
 SERVICE = "llm_from_scratch.serving.service:LanguageModel"
-START_SECONDS = 180
 
 
 @dataclass(frozen=True)
@@ -96,13 +92,6 @@ def toy(folder: Path) -> Parts:
     return Parts(tiny_model(folder / "model"), tiny_model(folder / "floats", seed=1), folder / "index", embedder, limits)
 
 
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @cache
 def store(parts: Parts, home: Path) -> tuple[str, str]:
     """Puts both models into the store at `home`, the one to serve last, which makes it the one that is served; its tag, and the other's."""
@@ -116,38 +105,13 @@ def store(parts: Parts, home: Path) -> tuple[str, str]:
 @contextmanager
 def serving(home: Path, tags: tuple[str, str]) -> Iterator[Server]:
     """A server of what was stored last in `home`, ready."""
-    port = free_port()
+    address = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--port", str(port)]
-    with running(command, home.parent / "server.log", f"http://127.0.0.1:{port}", "/readyz", _environment(home), ROOT / "src") as process:
+    log, told = home.parent / "server.log", _environment(home)
+    with running(command, f"{address}/readyz", log=log, environment=told, folder=ROOT / "src") as process:
         workers = [child for child in psutil.Process(process.pid).children() if "_bentoml_impl.worker.service" in " ".join(child.cmdline())]
-        yield Server(f"http://127.0.0.1:{port}", process, workers[0], tags)
+        yield Server(address, process, workers[0], tags)
 
 
 def _environment(home: Path) -> dict[str, str]:
     return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT / "src")}
-
-
-@contextmanager
-def running(
-    command: list[str], log: Path, address: str, ready: str, environment: dict[str, str], folder: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, once GET `ready` is answered; killed with its family in the end. Raises ValueError with its last words."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
-    try:
-        end = time.monotonic() + START_SECONDS
-        while not _answers(address + ready):
-            if process.poll() is not None or time.monotonic() > end:
-                raise ValueError(f"the server did not come up: {log.read_text(encoding='utf-8')[-2000:]}")
-            time.sleep(0.2)
-        yield process
-    finally:
-        kill(process)
-
-
-def _answers(url: str) -> bool:
-    try:
-        urlopen(url, timeout=5).read()
-    except (URLError, ConnectionError, TimeoutError):
-        return False
-    return True

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-import psutil
-
 from llm_from_scratch import config
 from llm_from_scratch.serving import package as bento
 from llm_from_scratch.serving.auth import read_key
 from pipelines.champion import RETRIEVER, SERVED, champion_bundle, require_store
+from pipelines.servers import free_port, running
 from stages.__main__ import read_yaml
 
 SHOWN_BYTES = 64 * 2**20
 """Of a rung that the page shows beside the served model: every Bento carries and opens them all, so the large ones stay at home."""
-READY_SECONDS = 300
 STOP_SECONDS = 30
 RELOAD_SECONDS = 600
 """The new model is read, checked and opened before the server answers."""
@@ -96,40 +91,9 @@ def reload(root: Path, url: str, api_key_file: str, champion: bool = False) -> s
 @contextmanager
 def serving(tag: str) -> Iterator[str]:
     """The address where the Bento `tag` answers, on a free port of the loopback, until the block ends. Raises ValueError if it does not."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([*bento.BENTOML, "serve", tag, "--port", str(port)], stdout=subprocess.DEVNULL)
-    try:
-        _wait(f"http://127.0.0.1:{port}", server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        try:
-            server.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            kill(server)
-
-
-def kill(server: subprocess.Popen[bytes]) -> None:
-    """End a server and its family at once: BentoML's workers have groups of their own, and would outlive their parent."""
-    if server.poll() is None:
-        parent = psutil.Process(server.pid)
-        for one in (parent, *parent.children(recursive=True)):  # the parent first, as it would start them again
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-    server.wait()
-
-
-def _wait(address: str, server: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + READY_SECONDS
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            with urlopen(f"{address}/readyz", timeout=10):
-                return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    raise ValueError(f"the server of the Bento was not ready after {READY_SECONDS} s; make serve shows what it says")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    with running([*bento.BENTOML, "serve", tag, "--port", str(port)], f"{address}/readyz", patience=STOP_SECONDS):
+        yield address
 
 
 def _bytes(folder: Path) -> int:

@@ -2,6 +2,8 @@
 
 The kernel closes the pipe when whoever holds its other end dies, by SIGKILL too. Then the command and all that it started are ended.
 Without this, the training of a killed flow would go on with the card and DVC's paths in its hands, while the flow's lease runs out.
+
+All that it started is its session: the workers of DVC's queue have a process group of their own, and their parent is gone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+
+import psutil
 
 GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
@@ -30,17 +35,32 @@ def main() -> int:
     return status if status >= 0 else 128 - status
 
 
-def _end_with_input(group: int, cut: threading.Event) -> None:
+def _end_with_input(session: int, cut: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
     cut.set()
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
-        end = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < end:
-            time.sleep(0.1)
-            os.killpg(group, 0)  # raises once nobody is left
-        os.killpg(group, signal.SIGKILL)
+    end, told = time.monotonic() + GRACE_SECONDS, set[psutil.Process]()
+    while (left := _alive(session)) and time.monotonic() < end:
+        _send(signal.SIGTERM, set(left) - told)  # once each: a second one may mean more haste
+        told.update(left)
+        time.sleep(0.1)
+    _send(signal.SIGKILL, left)
+
+
+def _send(sent: signal.Signals, processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(sent)
+
+
+def _alive(session: int) -> list[psutil.Process]:
+    """Those of the session that have not ended; one that nobody has waited for yet has."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":

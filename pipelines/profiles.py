@@ -15,13 +15,18 @@ from pipelines import dvc
 FOLDER = Path("profiles")
 
 
-def settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """`path=value` for each leaf of an overlay, in the form of `dvc exp run -S`."""
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) for each leaf of an overlay."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from settings(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={json.dumps(value)}"
+            yield f"{prefix}{key}", value
+
+
+def settings(tree: Mapping[str, Any]) -> list[str]:
+    """`path=value` for each leaf of an overlay, in the form of `dvc exp run -S`."""
+    return [f"{path}={json.dumps(value)}" for path, value in leaves(tree)]
 
 
 def overlay(name: str, folder: Path = FOLDER) -> dict[str, Any]:

@@ -1,90 +1,80 @@
-"""What a finished build can be looked at in: the site, MLflow, Prefect and the service, each for a while on a free port of the loopback."""
+"""A server as a `with` block: started on a free port of the loopback, waited for, and ended with all that it started."""
 
 from __future__ import annotations
 
 import http.client
-import os
-import signal
 import socket
 import subprocess
-import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipelines.bento import package, serving
+import psutil
 
-READY_SECONDS = 240
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where what is shown can be reached."""
-
-    site: str
-    mlflow: str
-    prefect: str
-    service: str
+READY_SECONDS = 300
+"""A server may take minutes on a busy machine."""
 
 
-@contextmanager
-def served(root: Path) -> Iterator[Places]:
-    """All four, until the block ends. Raises ValueError where one of them does not come up, and the package's own errors."""
-    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "NO_MKDOCS_2_WARNING": "1"}
-    os.environ.update(settings)
-    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/var/mlflow.db"
-    os.environ.setdefault("PREFECT_HOME", f"{root}/var/prefect")
-    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet"], cwd=root, check=True)
-    with (
-        answering(["http.server", "--bind", "127.0.0.1", "--directory", f"{root}/var/site"], [], "/index.html") as site,
-        answering(["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1"], ["--port"], "/health") as mlflow,
-        answering(["prefect", "server", "start", "--host", "127.0.0.1"], ["--port"], "/api/health") as prefect,
-        serving(package(root, "")) as service,
-    ):
-        yield Places(site, mlflow, prefect, service)
-
-
-@contextmanager
-def answering(module: Sequence[str], port_option: Sequence[str], health: str) -> Iterator[str]:
-    """The address at which `python -m MODULE` answers, until the block ends: it and all that it started are stopped then."""
+def free_port() -> int:
+    """One that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = subprocess.DEVNULL
-    command = [sys.executable, "-m", *module, *port_option, str(port)]
-    server = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    ready: str,
+    *,
+    patience: float = 0,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The server that `command` starts in `folder`, once GET `ready` is answered; in the end it is asked to stop, as `end` has it.
+
+    What it says goes into `log`. Raises ValueError with its last words where it does not come up. It stays in the process group of who
+    started it: what ends that from outside, as a flow's leash does, ends the server too.
+    """
+    with log.open("w+b") if log else tempfile.TemporaryFile() as output:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        try:
+            until = time.monotonic() + READY_SECONDS
+            while not answers(ready):
+                if server.poll() is not None or time.monotonic() > until:
+                    output.seek(0)
+                    raise ValueError(f"nobody answers at {ready}; the server said: {output.read()[-2000:].decode(errors='replace')}")
+                time.sleep(0.2)
+            yield server
+        finally:
+            end(server, patience)
+
+
+def answers(url: str) -> bool:
     try:
-        wait(f"http://127.0.0.1:{port}{health}", module[0], server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        stop(server)
+        with urllib.request.urlopen(url, timeout=10):
+            return True
+    except (urllib.error.URLError, http.client.HTTPException, OSError):
+        return False
 
 
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """The server and all that it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, how)
-        except ProcessLookupError:
-            break
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
+def end(server: subprocess.Popen[bytes], patience: float = 0) -> None:
+    """A server and its family, asked to stop where there is patience, and after so many seconds killed.
+
+    BentoML's workers have groups of their own, and would outlive their parent.
+    """
+    if server.poll() is None:
+        parent = psutil.Process(server.pid)
+        family = [parent, *parent.children(recursive=True)]  # the parent first, as it would start them again
+        if patience:
+            server.terminate()
+            family = psutil.wait_procs(family, timeout=patience)[1]
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
     server.wait()
-
-
-def wait(address: str, name: str, server: subprocess.Popen[bytes]) -> None:
-    """Until it answers. Raises ValueError where it does not."""
-    end = time.monotonic() + READY_SECONDS
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(address, timeout=10):
-                return
-        except (urllib.error.URLError, http.client.HTTPException, OSError):
-            time.sleep(0.5)
-    raise ValueError(f"{name} did not answer at {address} within {READY_SECONDS} s; start it by hand to see what it says")

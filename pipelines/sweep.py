@@ -11,7 +11,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,10 @@ TIMES = ("rev", "typ", "parent", "Created", "seconds", "tok_per_s", "resumed_at"
 """Ends of columns in DVC's table that differ between any two runs, or say nothing of them."""
 
 
-def choices(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def choices(tree: Mapping[str, Any]) -> list[str]:
     """`path=one,other` for each leaf of a grid, in the form in which `dvc exp run -S` takes what is to be combined."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from choices(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={','.join(map(json.dumps, value if isinstance(value, list) else [value]))}"
+    leaves = ((path, value if isinstance(value, list) else [value]) for path, value in profiles.leaves(tree))
+    return [f"{path}={','.join(map(json.dumps, values))}" for path, values in leaves]
 
 
 def sweep(root: Path, grid: str, profile: str, targets: Sequence[str], name: str, jobs: int) -> int:
@@ -37,7 +34,7 @@ def sweep(root: Path, grid: str, profile: str, targets: Sequence[str], name: str
     Every run in MLflow carries the name of its experiment and stands under the run `rebuild <name>`. Raises ValueError where there is no
     such grid or profile, or nothing in the grid to try.
     """
-    wanted = list(choices(profiles.overlay(grid, GRIDS)))
+    wanted = choices(profiles.overlay(grid, GRIDS))
     if not any("," in choice for choice in wanted):
         raise ValueError(f"{GRIDS / grid}.yaml tries nothing: wanted a list of values somewhere, as in learning_rate: [0.01, 0.02]")
     settings = [*(profiles.settings(profiles.overlay(profile)) if profile else ()), *wanted]

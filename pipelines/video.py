@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import urllib.request
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.bento import package, serving
 from pipelines.filming import COLUMNS, HEIGHT, WIDTH, Camera, Terminal
-from pipelines.servers import Places, served
+from pipelines.servers import free_port, running
 
 LARGEST_BYTES = 5_000_000
 QUESTIONS = ("What is Polo?", "What is Belize?")
@@ -33,6 +37,44 @@ TABS = (
     ("Evolution", "Write", ".card p", "One prompt through every rung, from counting to chat."),
 )
 """Of the page of the service: a tab, its button, what then appears, and the caption."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where what is shown can be reached."""
+
+    site: str
+    mlflow: str
+    prefect: str
+    service: str
+
+
+@contextmanager
+def served(root: Path) -> Iterator[Places]:
+    """Site, MLflow, Prefect and service, each on a free port of the loopback, until the block ends.
+
+    Raises ValueError where one of them does not come up, and the package's own errors.
+    """
+    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "NO_MKDOCS_2_WARNING": "1"}
+    os.environ.update(settings)
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/var/mlflow.db"
+    os.environ.setdefault("PREFECT_HOME", f"{root}/var/prefect")
+    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet"], cwd=root, check=True)
+    with (
+        answering("/index.html", "http.server", "--bind", "127.0.0.1", "--directory", f"{root}/var/site") as site,
+        answering("/health", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port") as mlflow,
+        answering("/api/health", "prefect", "server", "start", "--host", "127.0.0.1", "--port") as prefect,
+        serving(package(root, "")) as service,
+    ):
+        yield Places(site, mlflow, prefect, service)
+
+
+@contextmanager
+def answering(health: str, *module: str) -> Iterator[str]:
+    """The address at which `python -m MODULE PORT` answers, until the block ends."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    with running([sys.executable, "-m", *module, str(port)], address + health, patience=10):
+        yield address
 
 
 def video(root: Path, out: Path) -> Path:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +20,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from pipelines import dvc
+from pipelines.servers import free_port, running
 
 ROOT = Path(__file__).parent.parent
-STARTS_SECONDS = 180
 T = TypeVar("T")
 
 README_STAGE = """\
@@ -38,35 +34,20 @@ def run(params, name, root):
 @contextmanager
 def real_server(home: Path) -> Iterator[str]:
     """`prefect server start`, as `make prefect` starts it, its state in `home`; the address of its API, which this process uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | server_settings() | {"PREFECT_HOME": str(home), "PREFECT_API_URL": address}
+    settings = os.environ | server_settings() | {"PREFECT_HOME": str(home), "PREFECT_API_URL": address}
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        waited(lambda: server.poll() is not None or answers(f"{address}/health"), STARTS_SECONDS, "no Prefect server")
-        assert server.poll() is None, (home / "server.log").read_text()
-        with temporary_settings({PREFECT_API_URL: address, PREFECT_HOME: home}):
-            yield address
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    with (
+        running(command, f"{address}/health", log=home / "server.log", environment=settings),
+        temporary_settings({PREFECT_API_URL: address, PREFECT_HOME: home}),
+    ):
+        yield address
 
 
 def server_settings() -> dict[str, str]:
     """Those that the Makefile gives to its server."""
     return dict(re.findall(r"(PREFECT_SERVER_\w+)=(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def waited(look: Callable[[], T], seconds: float, complaint: str) -> T:

@@ -66,7 +66,16 @@ PARAMS = EvaluateParams(
     heatmap_text="x",
     mixture=MixtureParams(order=3, slice_tokens=100),
     serve_rule=ServeRule(maximum_loss_increase=0.01, weights=ServeWeights(megabytes=1.0, milliseconds=1.0)),
-    promotion=PromotionParams(metric="val_bpb", finetune_metric="val_loss", alignment_metric="gold_cost", minimum_gain=0.0),
+    promotion=PromotionParams(
+        metric="val_bpb",
+        finetune_metric="val_loss",
+        alignment_metric="gold_cost",
+        minimum_gain=0.0,
+        units=50,
+        minimum_units=2,
+        resamples=100,
+        confidence=0.95,
+    ),
 )
 
 

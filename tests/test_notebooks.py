@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from tests.tiny import tiny_embedder, tiny_model
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-WEEKS = (1, 2, 3, 4, 5, 8, 9, 10, 11)
+WEEKS = (1, 2, 3, 4, 5, 6, 8, 9, 10, 11)
 MAY_IMPORT = {"copy", "importlib", "llm_from_scratch", "matplotlib", "numpy", "pathlib", "requests", "tempfile", "torch"}
 LONGEST_FUNCTION = 5  # lines: a lesson calls and draws, and the package computes
 
@@ -29,6 +29,7 @@ TOY: dict[int, dict[str, Any]] = {
     3: {"STEPS": 10, "LAYERS": 2, "HEADS": 2, "WIDTH": 16, "CONTEXT": 48, "CHOSEN": [(0, 0), (1, 1)]},
     4: {"STEPS": 20, "LAYERS": 2, "HEADS": 2, "WIDTH": 16, "CONTEXT": 32, "TEMPERATURES": [0.2, 1.5]},
     5: {"SIZES": [261, 280, 320], "SHOWN_MERGES": 10, "TEXTS": 4_000},
+    6: {"STEPS": 40, "VOCABULARY": 300, "LAYERS": 2, "WIDTH": 32, "CONTEXT": 32, "DEPTHS": [1, 2, 3], "TIMED": 3, "EVALUATED": 500},
     8: {"STEPS": 40, "LAYERS": 1, "WIDTH": 32, "CONTEXT": 32, "BITS": [8, 4, 2], "EVALUATED": 1_000},
     9: {"STEPS": 40, "LAYERS": 1, "WIDTH": 32, "CONTEXT": 32, "RANKS": [1, 4], "EVALUATED": 500},
     10: {"STEPS": 40, "LAYERS": 1, "WIDTH": 32, "PROMPTS": 160, "ASKED": 16, "TAUGHT": 150, "MOVED": 24, "PRICES": [0.5, 0.0]},
@@ -210,6 +211,21 @@ def test_week_5_shortens_a_sentence_merge_by_merge_and_loses_nothing(ran: Callab
     assert "and back: True" in shown(5)
     assert shown(5).count("back again: True") == 4
     assert pictures(ran(5)) == 3
+
+
+def test_week_6_counts_gpt_2_recomputes_the_same_gradients_and_takes_torchs_steps(ran: Callable[[int], Any], shown: Shown) -> None:
+    said = shown(6).replace(",", "")
+    assert number_after("by hand", said) == number_after("the model", said) == 124_439_808
+    whole, checkpointed = (number_after(name, said) for name in ("all is kept:", "checkpointing:"))
+    assert checkpointed == number_after("the input of a layer:", said), "and nothing else"
+    assert whole > 10 * checkpointed
+    assert number_after("largest difference of a gradient:", said) == 0.0
+    assert number_after("largest difference from torch's after 50 steps:", said) < 1e-5
+    steps = [float(step) for step in re.findall(r"gradients of about .*: a step of (\S+)", said)]
+    assert max(steps) < 2 * min(steps), "over gradients of five orders of magnitude"
+    assert number_after("decays:", said) + number_after("does not:", said) == number_after("all:", said)
+    assert "the same losses: True" in said
+    assert pictures(ran(6)) == 3
 
 
 def test_week_8_moves_no_weight_by_more_than_half_a_step_and_shows_what_an_outlier_does(ran: Callable[[int], Any], shown: Shown) -> None:

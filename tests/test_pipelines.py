@@ -20,7 +20,7 @@ from zc.lockfile import LockFile
 from llm_from_scratch import bundle, registry, tracking
 from llm_from_scratch.evaluation.promotion import Scores
 from pipelines import __main__ as commands
-from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, sweep
+from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, servers, sweep
 from pipelines.graph import parse, touched, walk
 from tests.prefect_runs import artifacts, environment, project, story, tasks, waited
 
@@ -350,8 +350,21 @@ def test_a_server_that_does_not_stop_is_killed_with_its_family() -> None:
     with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         left = psutil.Process(int(server.stdout.readline()))
-        bento.kill(server)
-    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+        servers.end(server)
+    waited(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, 10, "the worker lives on")
+
+
+def test_a_server_ends_with_the_flow_that_was_killed_while_it_ran(tmp_path: Path) -> None:
+    """In a session of its own it would go on with the port, and nobody would know."""
+    address = f"http://127.0.0.1:{(port := servers.free_port())}"
+    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    holder = f"import time; from pipelines.servers import running\nwith running({command}, '{address}'): time.sleep(60)"
+    flow = subprocess.Popen([*process.LEASH, sys.executable, "-c", holder], stdin=subprocess.PIPE, cwd=ROOT)
+    assert flow.stdin is not None
+    waited(lambda: servers.answers(address), 60, "no server")
+    flow.stdin.close()  # as the kernel does for who is killed
+    flow.wait(30)
+    assert not servers.answers(address)
 
 
 def test_packaging_reads_params_as_strictly_as_a_stage(tmp_path: Path) -> None:

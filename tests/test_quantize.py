@@ -452,6 +452,14 @@ def test_our_kernels_need_no_bitsandbytes_and_its_own_name_the_extra(tmp_path: P
         quantize(trained("llama"), "int8")
 
 
+def test_of_what_bitsandbytes_says_on_import_only_the_kernel_that_nobody_wants_is_kept_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """It stood in the output of every stage, on CPUs with bf16 units."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("another %s", "word")
+    assert caplog.messages == ["another word"]
+
+
 @pytest.mark.parametrize(
     ("scheme", "lost"),
     [("int8", "SCB"), ("int8_weight", "weight"), ("nf4", "weight.absmax"), ("nf4", "weight.quant_state.bitsandbytes__nf4")],

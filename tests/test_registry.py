@@ -8,14 +8,22 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from llm_from_scratch import bundle, registry, tracking
+from llm_from_scratch import bundle, registry, tokenizer, tracking
 from llm_from_scratch.evaluation.promotion import Rule, Scores
+from llm_from_scratch.finetune import lora
+from llm_from_scratch.finetune.lora import LoraParams
+from llm_from_scratch.inference.engine import Engine
+from llm_from_scratch.inference.quantize import load_bundle
+from llm_from_scratch.inference.sampling import Sampling
+from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.registry.places import brought_back
 from pipelines import bento, champion, dvc
 from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_model
@@ -185,6 +193,44 @@ def test_a_version_answers_through_mlflow_and_holds_no_weights(store: MlflowClie
     assert {"MLmodel", "input_example.json", "scores.json", "pyfunc.py"} <= {file.name for file in kept}
     assert sum(file.stat().st_size for file in kept) < 100_000
     assert not [file for file in kept if file.suffix in {".safetensors", ".bin", ".pkl"}]
+
+
+def test_an_adapters_version_answers_as_its_base_with_the_adapter_beside_it(
+    store: MlflowClient, tmp_path: Path, models: list[Path]
+) -> None:
+    """Its base comes from where it was registered, and by its digest."""
+    import mlflow
+
+    base = cast(Rung, load_bundle(models[0]))
+    detour = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "chat_tokens": False}
+    attached = lora.attach(base, LoraParams.model_validate(detour), seed=1)
+    with torch.no_grad():
+        for name, weight in attached.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    words = tokenizer.load(models[0])
+    made, digest = candidate(tmp_path, models[0]), bundle.read_manifest(models[0]).digest
+    with bundle.writing(tmp_path / "artifacts/models/lora") as partial:
+        words.save(partial)
+        lora.save_adapter(attached, partial, TINY)
+        bundle.seal(partial, "adapter", "finetune@lora", {"base": digest}, tokenizer=tokenizer.digest(partial))
+    sealed = bundle.read_manifest(tmp_path / "artifacts/models/lora").digest
+    made = replace(made, folder="artifacts/models/lora", digest=sealed, beside={"base": TINY})
+    registry.promote(NAME, registry.register(made), RULE)
+
+    sampling = Sampling(max_tokens=12, temperature=0.0)
+    asked = [{"role": "user", "content": text} for text in SENTENCES]
+    by_engine, by_base = (
+        ["".join(piece.text for piece in engine.chat([said], sampling)).strip() for said in asked]
+        for engine in (Engine(attached.eval(), words), Engine.open(models[0]))
+    )
+    opened = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    assert opened.predict(list(SENTENCES), params={"max_tokens": 12}) == by_engine
+    assert by_engine != by_base, "else the adapter was left out of both"
+
+    shutil.rmtree(tmp_path / TINY)
+    with pytest.raises(bundle.BundleError, match=f"holds no bundle, wanted {digest[:12]}…; python -m pipelines restore {digest[:12]}"):
+        mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
 
 
 def test_a_version_whose_bundle_was_replaced_names_the_way_back(store: MlflowClient, tmp_path: Path, models: list[Path]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import shutil
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -20,6 +22,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 
 from benchmarks import serving_clients
+from llm_from_scratch import bundle
 from llm_from_scratch.inference.batching import Batching, Stats
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.sampling import Sampling
@@ -28,7 +31,7 @@ from llm_from_scratch.serving.app import create_app
 from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.metrics import PrometheusMeter
 from llm_from_scratch.serving.reloading import Served
-from llm_from_scratch.serving.responder import MODEL, Responder
+from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, RUNGS, SERVING, Responder
 from tests.tiny import tiny_embedder, tiny_index, tiny_limits, tiny_model
 
 LONG = 3000  # tokens: seconds of work
@@ -127,6 +130,36 @@ def test_an_answer_ends_on_the_model_it_began_on_which_is_then_freed(served: tup
     assert wanted["a"] != wanted["b"]
     assert text.startswith(wanted["a"])
     assert short.json()["choices"][0]["text"] == wanted["b"]
+
+
+def test_what_a_reload_does_not_change_is_not_opened_a_second_time(tmp_path: Path) -> None:
+    """Each reload took the memory of another index and embedder until the old ones were gone, and the heap kept that size."""
+    embedders = [SharedEmbedder.open(tiny_embedder(tmp_path / f"embedder_{seed}", seed)) for seed in (0, 1)]
+    for number, embedder in enumerate(embedders):
+        tiny_index(tmp_path / f"index_{number}", embedder)
+    for seed, name in enumerate("abc"):
+        tiny_model(tmp_path / name, seed)
+
+    def packaged(model: str, number: int, rung: str) -> Path:
+        parts = {MODEL: model, INDEX: f"index_{number}", EMBEDDER: f"embedder_{number}", f"{RUNGS}/gpt": rung}
+        folder = tmp_path / f"{model}_{number}_{rung}"
+        for part, source in parts.items():
+            shutil.copytree(tmp_path / source, folder / part)
+        digests = {part: bundle.read_manifest(folder / part).digest for part in parts}
+        (folder / SERVING).write_text(json.dumps({"serve": LIMITS.model_dump(), "digests": digests}), encoding="utf-8")
+        return folder
+
+    first = Responder.open(packaged("a", 0, "c"))
+    other_model = Responder.open(packaged("b", 0, "c"), first)
+    other_index = Responder.open(packaged("b", 1, "a"), other_model)
+
+    assert other_model.engine is not first.engine
+    assert other_model.index is first.index
+    assert other_model.rungs["gpt"] is first.rungs["gpt"]
+    assert other_index.index is not other_model.index
+    assert other_index.index.embedder.digest == embedders[1].digest
+    assert other_index.rungs["gpt"] is not other_model.rungs["gpt"]
+    assert [len(responder.index.search("The cat", 1)) for responder in (other_model, other_index)] == [1, 1]
 
 
 def greedy(responder: Responder) -> str:

@@ -256,9 +256,10 @@ def test_a_second_clone_has_deployments_of_its_own_that_know_each_other() -> Non
     assert {entry["work_pool"]["job_variables"]["env"]["MLFLOW_TRACKING_URI"] for entry in found.values()} == {"http://mlflow:5000"}
 
 
-def test_what_a_flow_started_ends_when_the_flow_is_killed(tmp_path: Path) -> None:
-    """It used to go on with the card, in a session of its own."""
-    leash = [*process.LEASH, "sh", "-c", f"sleep 2; touch {tmp_path}/late"]
+@pytest.mark.parametrize("script", ["sleep 2; touch {late}", "set -m; (sleep 2; touch {late}) & (exec sleep 60)"], ids=["child", "orphan"])
+def test_what_a_flow_started_ends_when_the_flow_is_killed(script: str, tmp_path: Path) -> None:
+    """It used to go on with the card; and where it had a process group of its own, as the workers of DVC's queue have, it still did."""
+    leash = [*process.LEASH, "bash", "-c", script.format(late=tmp_path / "late")]
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, *leash], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"started\n"

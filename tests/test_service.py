@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +38,7 @@ from llm_from_scratch.serving.errors import ApiError
 from llm_from_scratch.serving.lane import Check, Lane
 from llm_from_scratch.serving.package import package, require_free
 from llm_from_scratch.serving.responder import Responder
+from pipelines.servers import free_port, running
 from tests.tiny import CONTEXT, SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model, tiny_quantized
 
 ROOT = Path(__file__).parent.parent
@@ -598,48 +597,15 @@ def built(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.fixture(scope="module")
 def server(built: Built) -> Iterator[str]:
     """The address of the served Bento."""
-    port = _free_port()
-    log = built.elsewhere / "log.txt"
+    address = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "bentoml", "serve", built.bento, "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=built.elsewhere, env=built.environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_until_ready(address, process, log)
+    with running(command, f"{address}/readyz", patience=30, environment=built.environment, folder=built.elsewhere):
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _flip_last_bit(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
-def _wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()
-        try:
-            if httpx2.get(f"{address}/readyz", timeout=10).status_code == 200:
-                return
-        except httpx2.TransportError:
-            time.sleep(0.5)
-    pytest.fail(f"not ready after 300 s: {log.read_text()}")
 
 
 @pytest.mark.slow
@@ -698,7 +664,7 @@ def test_one_command_lets_a_running_server_take_over_the_model_that_is_chosen_no
     assert said.stdout.startswith(f"{server} answers with {digests[0]}…"), said.stderr
     assert said.stdout.endswith(f"before with {digests[1]}…\n")
     assert httpx2.get(f"{server}/v1/models", timeout=30).json()["data"][0]["id"] == params["serve"]["model_name"]
-    nobody = command("--url", f"http://127.0.0.1:{_free_port()}")
+    nobody = command("--url", f"http://127.0.0.1:{free_port()}")
     assert nobody.stderr.startswith("pipelines reload: nobody answers at http://127.0.0.1:")
     assert nobody.stderr.count("\n") == 1
     assert httpx2.post(f"{server}/admin/reload", json={"model": built.models[0]}, timeout=120).status_code == 200
@@ -809,7 +775,7 @@ def test_a_stored_model_with_a_flipped_bit_is_one_clear_error_before_anything_li
     weights = tmp_path / "home/models" / built.models[0].replace(":", "/") / "model/model.safetensors"
     _flip_last_bit(weights)
     tried = subprocess.run(
-        [sys.executable, "-m", "bentoml", "serve", built.bento, "--port", str(_free_port())],
+        [sys.executable, "-m", "bentoml", "serve", built.bento, "--port", str(free_port())],
         cwd=built.elsewhere,
         env=built.environment | {"BENTOML_HOME": str(tmp_path / "home")},
         capture_output=True,
@@ -838,7 +804,7 @@ def test_a_bento_that_wants_a_key_does_not_open_without_one(built: Built) -> Non
         check=True,
     ).stdout.rpartition("__tag__:")[2]
     tried = subprocess.run(
-        [sys.executable, "-m", "bentoml", "serve", closed.strip(), "--port", str(_free_port())],
+        [sys.executable, "-m", "bentoml", "serve", closed.strip(), "--port", str(free_port())],
         cwd=built.elsewhere,
         env=built.environment,
         capture_output=True,

@@ -12,9 +12,9 @@ from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from llm_from_scratch.data.corpora import DownloadParams, Source
+from llm_from_scratch.evaluation import EvaluateParams
 from llm_from_scratch.evaluation.certificate import CertifyParams
 from llm_from_scratch.evaluation.limits import CardParams
-from llm_from_scratch.evaluation.promotion import EvaluationParams
 from llm_from_scratch.finetune import FinetuneParams
 from llm_from_scratch.inference.quantize import QuantizeParams
 from llm_from_scratch.retrieval.index import IndexParams
@@ -49,7 +49,7 @@ class Params(Section):
     quantize: dict[str, QuantizeParams]
     finetune: dict[str, FinetuneParams]
     index: IndexParams
-    evaluate: EvaluationParams
+    evaluate: EvaluateParams
     cards: CardParams
     serve: ServeParams
     certify: CertifyParams

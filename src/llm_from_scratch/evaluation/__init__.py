@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from llm_from_scratch.evaluation.selection import ServeRule
@@ -9,12 +11,21 @@ from llm_from_scratch.section import Section
 
 
 class PromotionParams(Section):
-    """When a champion alias moves: the new version has to beat the champion's metric (lower is better) by `minimum_gain`."""
+    """When a champion alias moves: the whole interval of the new version's gain has to lie above `minimum_gain`.
 
-    metric: str
-    finetune_metric: str
-    alignment_metric: str
+    A gain is told from noise on `units` at most and `minimum_units` at least, in `resamples`, with `confidence`. The metrics, all better
+    when lower, are `val_bpb` (bits per byte of documents), `val_loss` (bits per byte of answers; of a reward model the loss of its pairs),
+    and `gold_cost` (minus what the gold judge gives for what is written).
+    """
+
+    metric: Literal["val_bpb", "val_loss"]
+    finetune_metric: Literal["val_bpb", "val_loss"]
+    alignment_metric: Literal["val_bpb", "gold_cost"]
     minimum_gain: float = Field(ge=0)
+    units: int = Field(ge=1)
+    minimum_units: int = Field(ge=2)
+    resamples: int = Field(ge=100)
+    confidence: float = Field(gt=0.5, lt=1)
 
 
 class MixtureParams(Section):

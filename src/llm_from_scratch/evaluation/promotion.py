@@ -15,37 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from llm_from_scratch.evaluation import EvaluateParams, PromotionParams
+from llm_from_scratch.evaluation import EvaluateParams
 
 Floats = npt.NDArray[np.float64]
-
-
-class PromotionRule(PromotionParams):
-    """How a gain is told from noise: on how many `units` at most, in `resamples`, how sure (`confidence`), and on how many at least.
-
-    The metrics are `val_bpb` (bits per byte of documents), `val_loss` (bits per byte of answers; of a reward model the loss of its pairs),
-    and `gold_cost` (minus what the gold judge gives for what is written).
-    """
-
-    metric: Literal["val_bpb", "val_loss"]
-    finetune_metric: Literal["val_bpb", "val_loss"]
-    alignment_metric: Literal["val_bpb", "gold_cost"]
-    units: Annotated[int, Field(ge=1)]
-    minimum_units: Annotated[int, Field(ge=2)]
-    resamples: Annotated[int, Field(ge=100)]
-    confidence: Annotated[float, Field(gt=0.5, lt=1)]
-
-
-class EvaluationParams(EvaluateParams):
-    """The section `evaluate`, with all that promotion is told."""
-
-    promotion: PromotionRule
 
 
 @dataclass(frozen=True)
@@ -59,7 +35,7 @@ class Rule:
     seed: int
 
     @classmethod
-    def of(cls, params: EvaluationParams) -> Rule:
+    def of(cls, params: EvaluateParams) -> Rule:
         told = params.promotion
         return cls(told.minimum_gain, told.minimum_units, told.resamples, told.confidence, params.seed)
 

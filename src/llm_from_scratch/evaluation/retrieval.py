@@ -58,8 +58,6 @@ def question_answering(
     questions: Sequence[Question],
     params: EvaluateParams,
     conditions: Sequence[str] = CONDITIONS,
-    progress: Progress = quiet,
-    form: Form | None = None,
 ) -> dict[str, dict[str, float]]:
     """For each condition: accuracy with the ends of its 95% bootstrap interval, f1 and exact_match of the written answer, and n.
 
@@ -68,7 +66,7 @@ def question_answering(
 
     Raises ValueError as `replies_by_condition` does.
     """
-    found = replies_by_condition(model, tokenizer, index, questions, params, conditions, progress, form)
+    found = replies_by_condition(model, tokenizer, index, questions, params, conditions)
     return {condition: graded(questions, made, params.seed, found.get("none")) for condition, made in found.items()}
 
 

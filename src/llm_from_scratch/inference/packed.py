@@ -23,6 +23,9 @@ OUTLIER = 6.0
 MARKS = {"int8": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}
 """What transformers sets on a model, and peft asks for."""
 
+# On import, peft's too, bitsandbytes warns where a CPU multiplies bfloat16 that it found no kernel for that. No layer of ours wants one.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+
 
 def pack(linear: nn.Linear, packing: Packing) -> nn.Module:
     """The layer in place of `linear`. Raises ValueError for rows that nf4 cannot cut into its blocks."""

@@ -1,4 +1,4 @@
-"""Week 4. Attention: each token asks all earlier ones, and weighs what they say by how well they fit the question.
+"""Week 3. Attention: each token asks all earlier ones, and weighs what they say by how well they fit the question.
 
 The window is gone: the weights depend on what the tokens are, not on how far back they stand, and one set of them serves
 every place. What it cannot do is think about what it gathered: there is no MLP, so a layer can only pass on sums of what was there.

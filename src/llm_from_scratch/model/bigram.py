@@ -1,4 +1,4 @@
-"""Week 2. One token back: a table with a row of logits for each token, learned by gradient descent.
+"""Week 1. One token back: a table with a row of logits for each token, learned by gradient descent.
 
 It is what the n-gram does at order 2, except that nothing is counted: the loss finds the same numbers. What it cannot do is
 look further back than the last token, or let two tokens that behave alike share what was learned of them.

@@ -1,4 +1,4 @@
-"""Week 5. GPT-2: after each attention layer, which gathers, comes an MLP, which thinks about what was gathered.
+"""Week 4. GPT-2: after each attention layer, which gathers, comes an MLP, which thinks about what was gathered.
 
 With `hidden` four times the width and 50,257 tokens this is OpenAI's model to the last parameter, its module names included, so
 their weights load. What it cannot do is know a position it was not trained on, or shrink its cache: each head keeps its own keys.

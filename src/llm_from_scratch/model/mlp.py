@@ -1,4 +1,4 @@
-"""Week 3. A fixed window: an MLP looks at the embeddings of the last few tokens side by side.
+"""Week 2. A fixed window: an MLP looks at the embeddings of the last few tokens side by side.
 
 Tokens are vectors now, so those that behave alike share what is learned, and order matters, because each place in the window
 has its own weights. What it cannot do is look further back than the window, or use what it learned at one place one place over.

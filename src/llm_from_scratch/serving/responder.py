@@ -77,11 +77,19 @@ class Responder:
             )
 
     @classmethod
-    def open(cls, folder: Path) -> Responder:
-        """The responder of a packaged folder. Raises BundleError as `check_package` does."""
+    def open(cls, folder: Path, beside: Responder | None = None) -> Responder:
+        """The responder of a packaged folder; index, embedder and rungs that are the same in `beside`, by digest, are not opened again.
+
+        Raises BundleError as `check_package` does.
+        """
         limits, digests = check_package(folder)
-        index = Index.open(folder / INDEX, SharedEmbedder.open(folder / EMBEDDER))
-        rungs = {part.removeprefix(f"{RUNGS}/"): Engine.open(folder / part, verify=False) for part in digests if part.startswith(RUNGS)}
+        same = {part for part, digest in digests.items() if beside and beside.digests.get(part) == digest}
+        index = beside.index if beside and {INDEX, EMBEDDER} <= same else Index.open(folder / INDEX, SharedEmbedder.open(folder / EMBEDDER))
+        rungs = {
+            name: beside.rungs[name] if beside and part in same else Engine.open(folder / part, verify=False)
+            for part in digests
+            if (name := part.removeprefix(f"{RUNGS}/")) != part
+        }
         engine = Engine.open(folder / MODEL, verify=False, batching=Batching(slots=limits.slots, prefill_chunk=limits.prefill_chunk))
         return cls(engine, index, limits, f"fp_{digests[MODEL][:12]}", rungs, digests)
 

@@ -38,12 +38,12 @@ class Arguments(BaseModel):
 
 
 def open_stored(tag: str | None) -> Responder:
-    """The responder of a model in BentoML's store. Raises ValueError where it is not there or damaged."""
+    """The responder of a model in BentoML's store, beside the one that answers. Raises ValueError where it is not there or damaged."""
     try:
         folder = Path(bentoml.models.get(tag or LATEST).path)
     except bentoml.exceptions.BentoMLException as error:
         raise ValueError(f"{error}; python -m pipelines reload stores the chosen one and asks for it") from None
-    return Responder.open(folder)
+    return Responder.open(folder, app.state.served.now)
 
 
 arguments = bentoml.use_arguments(Arguments)
