@@ -19,31 +19,18 @@ DAMAGE = {
 }
 """What is damaged: its bundle, the file, and the node that reads it next."""
 SMALL = "700k"
-"""Of a disk: room for what lies there, and for some of a checkpoint."""
+"""Of a disk: room for what lies there, and for some of a model or a checkpoint."""
 
 
-def disk_full(ground: Ground) -> Outcome:
-    """runs/ lies on a disk that fills up while a model is trained; then there is room."""
-    node = "train@base"
-    with ground.copy() as clone, disk(clone.root / "runs", SMALL) as mounted:
+def disk_full(ground: Ground, folder: str, node: str) -> Outcome:
+    """A folder of the project lies on a disk that fills up while a model is trained, or once it is; then there is room."""
+    with ground.copy() as clone, disk(clone.root / folder, SMALL) as mounted:
         clone.stale(node)
         status, said = clone.repro(node)
         assert status, "the disk was too big"
         grow(mounted)
         clone.must(*repro(node))
-        return ground.outcome(clone, line_with(said, "No space left"), repro(node), "models/base")
-
-
-def cache_full(ground: Ground) -> Outcome:
-    """DVC's cache lies on a disk that fills up after a node has done its work."""
-    node = "train@gpt"
-    with ground.copy() as clone, disk(clone.root / ".dvc/cache", SMALL) as mounted:
-        clone.stale(node)
-        status, said = clone.repro(node)
-        assert status, "the disk was too big"
-        grow(mounted)
-        clone.must(*repro(node))
-        return ground.outcome(clone, line_with(said, "No space left", "ERROR"), repro(node), "models/gpt")
+        return ground.outcome(clone, line_with(said, "No space left"), repro(node), f"models/{node.split('@')[1]}")
 
 
 def read_only(ground: Ground) -> Outcome:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from drills.ground import Clone, Ground, Outcome, descendants, line_with, lines, repro
+from drills.ground import Clone, Ground, Outcome, descendants, line_with, lines, repro, shown
 
 STAGES = {
     "download@shakespeare": "raw/shakespeare",
@@ -34,7 +34,7 @@ def in_stage(ground: Ground, node: str, draw: random.Random) -> Outcome:
         if node in STAGES:
             return ground.outcome(clone, line, repro(node), STAGES[node])
         same = sum((clone.root / page).read_bytes() == (ground.whole.root / page).read_bytes() for page in PAGES)
-        return Outcome(line, " ".join(("dvc", *repro(node)[3:])), same, len(PAGES))
+        return Outcome(line, shown(repro(node)), same, len(PAGES))
 
 
 def killed(clone: Clone, node: str, seconds: float, draw: random.Random) -> str:
