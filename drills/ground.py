@@ -90,7 +90,8 @@ class Clone:
         return said
 
     def stale(self, *nodes: str) -> None:
-        """Forget what these nodes made, as if they had never run."""
+        """Forget what these nodes made, as if they had never run; DVC's cache of runs, too, which would bring it back."""
+        remove(self.root / ".dvc/cache/runs")
         path = self.root / "dvc.lock"
         lock: dict[str, Any] = yaml().load(path.read_text(encoding="utf-8"))
         for node in nodes:
