@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from drills.ground import Clone, Ground, Outcome, descendants, line_with, lines, repro, shown
+from drills.ground import Clone, Ground, Outcome, kill_below, line_with, lines, repro, shown
 
 STAGES = {
     "download@shakespeare": "raw/shakespeare",
@@ -48,8 +48,7 @@ def killed(clone: Clone, node: str, seconds: float, draw: random.Random) -> str:
             if line.startswith(">"):  # DVC's prompt before the stage's command
                 break
         time.sleep(draw.uniform(0.3, 0.9) * seconds / 2**attempt)
-        for child in reversed(descendants(process)):
-            child.kill()
+        kill_below(process)
         said += process.communicate()[0]
         if process.returncode:
             return said

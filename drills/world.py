@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from drills.ground import Ground, Outcome, Unfit, line_with, repro
+from drills.ground import Ground, Outcome, Unfit, kill_below, line_with, repro
 from llm_from_scratch.data.corpora import Source
 
 SOURCE = "shakespeare"
@@ -55,13 +55,16 @@ def clock(ground: Ground) -> Outcome:
         deadline = time.monotonic() + 120
         while not (begun := checkpoints(clone.root)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_below(process)
         process.communicate()
         assert begun, "it made no checkpoint to go on from"
         stamp(clone.root / "runs", float(now))
         clone.must(*repro(node))
+        step = json.loads((clone.root / "artifacts/logs/train/base/metrics.json").read_text(encoding="utf-8"))["resumed_at"]
+        assert step, "the checkpoint was passed over"
         said = clone.must("dvc", "status", node)
-        return ground.outcome(clone, said[-1], repro(node), "models/base", remark=f"its checkpoints were {DAYS} days ahead")
+        remark = f"it went on from step {step}, saved {DAYS} days ahead"
+        return ground.outcome(clone, said[-1], repro(node), "models/base", remark=remark)
 
 
 def checkpoints(root: Path) -> list[Path]:
