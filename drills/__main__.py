@@ -29,8 +29,8 @@ DRILLS: dict[str, Callable[[Ground], Outcome]] = {
         for node in (*killing.STAGES, "evaluate")
     },
     "SIGKILL at random times": partial(killing.at_random, draw=random.Random(SEED)),
-    "disk full in training": partial(damage.disk_full, folder="runs", node="train@base"),
-    "disk full in DVC's cache": partial(damage.disk_full, folder=".dvc/cache", node="train@gpt"),
+    "disk full in training": damage.disk_full,
+    "disk full in DVC's cache": damage.cache_full,
     "read-only folder": damage.read_only,
     "corrupt object in DVC's cache": damage.damaged_cache,
     **{f"corrupt {what}": partial(damage.damaged, what=what) for what in damage.DAMAGE},

@@ -22,15 +22,36 @@ SMALL = "700k"
 """Of a disk: room for what lies there, and for some of a model or a checkpoint."""
 
 
-def disk_full(ground: Ground, folder: str, node: str) -> Outcome:
-    """A folder of the project lies on a disk that fills up while a model is trained, or once it is; then there is room."""
-    with ground.copy() as clone, disk(clone.root / folder, SMALL) as mounted:
-        clone.stale(node)
-        status, said = clone.repro(node)
+def disk_full(ground: Ground) -> Outcome:
+    """runs/ lies on a disk that fills up while a model is trained; then there is room."""
+    node = "train@base"
+    with ground.copy() as clone, filled(clone, "runs", node) as (status, said):
         assert status, "the disk was too big"
-        grow(mounted)
         clone.must(*repro(node))
-        return ground.outcome(clone, line_with(said, "No space left"), repro(node), f"models/{node.split('@')[1]}")
+        return ground.outcome(clone, line_with(said, "No space left"), repro(node), "models/base")
+
+
+def cache_full(ground: Ground) -> Outcome:
+    """DVC's cache lies on a disk that fills up after a node has done its work; then there is room. DVC says so, and ends as if all were
+    well; fsck and promote see what is not there."""
+    node, folder, mend = "train@gpt", "models/gpt", ("dvc", "commit")
+    with ground.copy() as clone, filled(clone, ".dvc/cache", node) as (_, said):
+        line = line_with(said, "No space left")
+        found = line_with(clone.must("python", "-m", "pipelines", "fsck"), "dvc commit")
+        clone.must(*mend)
+        remove(clone.root / "artifacts" / folder)
+        clone.must("dvc", "checkout", f"artifacts/{folder}")
+        return ground.outcome(clone, line, mend, folder, remark=f"pipelines fsck: {found}")
+
+
+@contextmanager
+def filled(clone: Clone, folder: str, node: str) -> Iterator[tuple[int, list[str]]]:
+    """How a node ended, and what it said, while a folder of the clone lay on a disk that it filled up; now there is room."""
+    with disk(clone.root / folder, SMALL) as mounted:
+        clone.stale(node)
+        ended = clone.repro(node)
+        mount("-o", "remount,size=400m", str(mounted))
+        yield ended
 
 
 def read_only(ground: Ground) -> Outcome:
@@ -105,10 +126,6 @@ def disk(folder: Path, room: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def grow(folder: Path) -> None:
-    mount("-o", "remount,size=200m", str(folder))
 
 
 @contextmanager
