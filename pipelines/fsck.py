@@ -39,9 +39,8 @@ def absent(root: Path) -> list[str]:
     lacking = [path for path, digest in outs.items() if not whole(cache, digest)]
     if not lacking:
         return []
-    return [
-        f"{len(lacking)} of {len(outs)} outputs are not whole in DVC's cache, such as {lacking[0]}; where its disk has room: dvc commit"
-    ]
+    so = f"{len(lacking)} of {len(outs)} outputs are not whole in DVC's cache, such as {lacking[0]}"
+    return [f"{so}; where its disk has room: dvc repro && dvc commit"]  # commit alone refuses where anything is stale
 
 
 def whole(cache: Path, digest: str) -> bool:
