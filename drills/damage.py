@@ -36,13 +36,11 @@ def cache_full(ground: Ground) -> Outcome:
     well; fsck and promote see what is not there."""
     node, folder = "train@gpt", "models/gpt"
     with ground.copy() as clone, filled(clone, ".dvc/cache", node) as (_, said):
-        line = line_with(said, "No space left")
-        found = line_with(clone.must("python", "-m", "pipelines", "fsck"), "dvc commit")
-        for mend in ("repro", "commit"):
-            clone.must("dvc", mend)
+        remark = f"fsck: {line_with(clone.must('python', '-m', 'pipelines', 'fsck'), 'not whole')}"
+        clone.must(*repro(node))
         remove(clone.root / "artifacts" / folder)
         clone.must("dvc", "checkout", f"artifacts/{folder}")
-        return ground.outcome(clone, line, ("dvc", "repro", "&&", "dvc", "commit"), folder, remark=f"pipelines fsck: {found}")
+        return ground.outcome(clone, line_with(said, "No space left"), repro(node), folder, remark=remark)
 
 
 @contextmanager
@@ -51,7 +49,7 @@ def filled(clone: Clone, folder: str, node: str) -> Iterator[tuple[int, list[str
     with disk(clone.root / folder, SMALL) as mounted:
         clone.stale(node)
         ended = clone.repro(node)
-        mount("-o", "remount,size=400m", str(mounted))
+        mount("-o", "remount,size=200m", str(mounted))
         yield ended
 
 

@@ -2,7 +2,7 @@
 reads the bundle refuses it, but the next checkout would bring it again. So an object whose bytes are not what its name says has to go.
 
 Where the cache's disk is full, DVC says so among its other lines, and ends as if all were well: what a node made lies in artifacts/, but
-nothing can bring it back later.
+nothing can bring it back later, and the next dvc repro runs the node again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def absent(root: Path) -> list[str]:
     if not lacking:
         return []
     so = f"{len(lacking)} of {len(outs)} outputs are not whole in DVC's cache, such as {lacking[0]}"
-    return [f"{so}; where its disk has room: dvc repro && dvc commit"]  # commit alone refuses where anything is stale
+    return [f"{so}; make room where it is, then dvc commit puts them there, or dvc repro makes them anew"]
 
 
 def whole(cache: Path, digest: str) -> bool:
