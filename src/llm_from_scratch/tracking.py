@@ -260,8 +260,7 @@ class _Run:
         if not self.complained:
             self.complained = True
             then = f"what it missed waits in {_connection.spool} for the next one" if _connection.spool else "what it missed is lost"
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            warnings.warn(f"MLflow did not take this ({why}); the build goes on, and {then}", stacklevel=2)
+            warnings.warn(f"{_refusal(error)}; the build goes on, and {then}", stacklevel=2)
 
 
 def _record(key: str, record: Record) -> None:
@@ -303,7 +302,16 @@ def _attempt(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the build may not
-        warnings.warn(f"MLflow did not take this ({type(error).__name__}: {str(error)[:200]}); the build goes on", stacklevel=2)
+        warnings.warn(f"{_refusal(error)}; the build goes on", stacklevel=2)
+
+
+def _refusal(error: Exception) -> str:
+    """In a line; of a server that is not there, the system's word, and not what each library on the way there made of it."""
+    chain: list[BaseException] = [error]
+    while deeper := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(deeper)
+    first = next((found for found in reversed(chain) if isinstance(found, OSError)), error)
+    return f"MLflow at {_connection.uri} did not take this ({type(first).__name__}: {' '.join(str(first).split())[:200]})"
 
 
 def _client() -> MlflowClient:
