@@ -93,8 +93,8 @@ def test_a_store_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path) -
     tracking.connect("", "", "", {})
 
 
-def test_a_server_that_is_not_there_is_said_in_the_systems_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They used to be those of a library on the way there, cut off before its reason."""
+def test_of_a_server_that_is_not_there_the_first_word_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to be the last library's account, cut off before its reason."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracking.connect("http://127.0.0.1:9", "tuesday", "", {})
     said = r"^MLflow at http://127.0.0.1:9 did not take this \(ConnectionRefusedError: \S+ 111. Connection refused\); the build goes on"

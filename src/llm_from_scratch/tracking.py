@@ -306,11 +306,11 @@ def _attempt(action: Callable[[], object]) -> None:
 
 
 def _refusal(error: Exception) -> str:
-    """In a line; of a server that is not there, the system's word, and not what each library on the way there made of it."""
+    """In a line; of a server that is not there, what was said first, and not what each library on the way here made of it."""
     chain: list[BaseException] = [error]
     while deeper := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(deeper)
-    first = next((found for found in reversed(chain) if isinstance(found, OSError)), error)
+    first = chain[-1] if any(isinstance(found, OSError) for found in chain) else error
     return f"MLflow at {_connection.uri} did not take this ({type(first).__name__}: {' '.join(str(first).split())[:200]})"
 
 
