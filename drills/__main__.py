@@ -23,6 +23,7 @@ from drills import damage, killing, servers, world
 from drills.ground import PROJECT, Ground, Outcome, Unfit, built, opened
 
 SEED = 1
+NOT_HELD = "not held: "
 DRILLS: dict[str, Callable[[Ground], Outcome]] = {
     **{
         f"SIGKILL in {node}": partial(killing.in_stage, node=node, draw=random.Random(f"{SEED} {node}"))
@@ -83,7 +84,7 @@ def held(name: str, ground: Ground) -> dict[str, Any]:
         row |= {"what you see": outcome.said, "what is lost": outcome.lost, "how it goes on": outcome.goes_on, "besides": outcome.remark}
         row["failed"] = outcome.equal != outcome.compared
     except Unfit as error:
-        row |= {"what you see": f"not held: {error}", "what is lost": "", "how it goes on": "", "besides": ""}
+        row |= {"what you see": f"{NOT_HELD}{error}", "what is lost": "", "how it goes on": "", "besides": ""}
     except Exception as error:  # the rows before it are made, and those after it are still to be
         said = f"FAILED: {type(error).__name__}: {error}"
         row |= {"what you see": said, "what is lost": "unknown", "how it goes on": "", "besides": "", "failed": True}
@@ -111,14 +112,13 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
         }
         for row in rows
     ]
-    lost = sum(row["failed"] for row in rows)
+    lost, unfit = sum(row["failed"] for row in rows), sum(row["what you see"].startswith(NOT_HELD) for row in rows)
     lines = [
         "# Failure drills",
         "",
-        f"{len(rows)} of {len(DRILLS)} ways to break the pipeline, each held on a copy of the toy graph with real tools; {lost} of them "
-        "lost something. "
-        "The line is what a person saw; the command is the one that was given again; digests are those of the bundles that came out, held "
-        "against a build that nobody disturbed.",
+        f"{len(rows) - unfit} of {len(DRILLS)} ways to break the pipeline, each held on a copy of the toy graph with real tools; {lost} of "
+        "them lost something. The line is what a person saw; the command is the one that was given again; digests are those of the bundles "
+        "that came out (of evaluate, its pages), held against a build that nobody disturbed.",
         "",
         tabulate(shown, headers="keys", tablefmt="github"),
         "",

@@ -19,31 +19,39 @@ DAMAGE = {
 }
 """What is damaged: its bundle, the file, and the node that reads it next."""
 SMALL = "700k"
-"""Of a disk: room for what lies there, and for some of a checkpoint."""
+"""Of a disk: room for what lies there, and for some of a model or a checkpoint."""
 
 
 def disk_full(ground: Ground) -> Outcome:
     """runs/ lies on a disk that fills up while a model is trained; then there is room."""
     node = "train@base"
-    with ground.copy() as clone, disk(clone.root / "runs", SMALL) as mounted:
-        clone.stale(node)
-        status, said = clone.repro(node)
+    with ground.copy() as clone, filled(clone, "runs", node) as (status, said):
         assert status, "the disk was too big"
-        grow(mounted)
         clone.must(*repro(node))
         return ground.outcome(clone, line_with(said, "No space left"), repro(node), "models/base")
 
 
 def cache_full(ground: Ground) -> Outcome:
-    """DVC's cache lies on a disk that fills up after a node has done its work."""
-    node = "train@gpt"
-    with ground.copy() as clone, disk(clone.root / ".dvc/cache", SMALL) as mounted:
-        clone.stale(node)
-        status, said = clone.repro(node)
-        assert status, "the disk was too big"
-        grow(mounted)
+    """DVC's cache lies on a disk that fills up after a node has done its work; then there is room. DVC says so, and ends as if all were
+    well; fsck and promote see what is not there."""
+    node, folder = "train@gpt", "models/gpt"
+    with ground.copy() as clone, filled(clone, ".dvc/cache", node) as (_, said):
+        line_with(clone.must("python", "-m", "pipelines", "fsck"), "not whole in DVC's cache")
         clone.must(*repro(node))
-        return ground.outcome(clone, line_with(said, "No space left", "ERROR"), repro(node), "models/gpt")
+        remove(clone.root / "artifacts" / folder)
+        clone.must("dvc", "checkout", f"artifacts/{folder}")
+        remark = "dvc ends as if all were well; pipelines fsck names what is not in the cache"
+        return ground.outcome(clone, line_with(said, "No space left"), repro(node), folder, remark=remark)
+
+
+@contextmanager
+def filled(clone: Clone, folder: str, node: str) -> Iterator[tuple[int, list[str]]]:
+    """How a node ended, and what it said, while a folder of the clone lay on a disk that it filled up; now there is room."""
+    with disk(clone.root / folder, SMALL) as mounted:
+        clone.stale(node)
+        ended = clone.repro(node)
+        mount("-o", "remount,size=200m", str(mounted))
+        yield ended
 
 
 def read_only(ground: Ground) -> Outcome:
@@ -118,10 +126,6 @@ def disk(folder: Path, room: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def grow(folder: Path) -> None:
-    mount("-o", "remount,size=200m", str(folder))
 
 
 @contextmanager

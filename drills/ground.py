@@ -6,15 +6,13 @@ A copy has its own DVC cache, which is empty, so nothing in it can be had for fr
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +88,8 @@ class Clone:
         return said
 
     def stale(self, *nodes: str) -> None:
-        """Forget what these nodes made, as if they had never run."""
+        """Forget what these nodes made, as if they had never run; DVC's cache of runs, too, which would bring it back."""
+        remove(self.root / ".dvc/cache/runs")
         path = self.root / "dvc.lock"
         lock: dict[str, Any] = yaml().load(path.read_text(encoding="utf-8"))
         for node in nodes:
@@ -129,35 +128,24 @@ class Ground:
 
 
 def built(place: Path, say: Callable[[str], None]) -> Ground:
-    """A clone of HEAD in `place` with the toy graph in it, and what its nodes took. Raises RuntimeError where it cannot be built."""
+    """A clone of HEAD in `place` with the toy graph in it, and what its nodes took. Raises ValueError where it cannot be built."""
     root = place / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(root)], check=True)
-    ground = opened(root)
-    process = ground.whole.start(sys.executable, "-m", "pipelines", "experiment", "smoke")
-    assert process.stdout is not None
-    said, node, since = [], "", time.monotonic()
-    for line in process.stdout:
-        said.append(line)
-        if started := re.match(r"Running stage '(.+)'", line):
-            ground.seconds[node], node, since = time.monotonic() - since, started[1], time.monotonic()
-            say(node)
-    ground.seconds[node] = time.monotonic() - since
-    if process.wait():
-        raise RuntimeError(f"the toy graph was not built: {' / '.join(lines(''.join(said))[-4:])}")
+    seconds = certify.grow(PROJECT, root, "smoke", mirror(place), say)
     (root / TIMES).parent.mkdir(exist_ok=True)
-    (root / TIMES).write_text(json.dumps(ground.seconds), encoding="utf-8")
-    return ground
+    (root / TIMES).write_text(json.dumps(seconds), encoding="utf-8")
+    return opened(root)
 
 
 def opened(root: Path) -> Ground:
-    """The ground around a clone in which the toy graph is built. What this checkout or that clone has downloaded is the drills' mirror."""
-    mirror = root.parent / "mirror"
-    if not mirror.exists():
-        certify.collected(PROJECT / "var/downloads", mirror)
-    told = {"PYTHONPATH": str(root / "src"), "MLFLOW_TRACKING_URI": "", "PYTHONUNBUFFERED": "1"}
-    told["LLM_MIRROR"] = os.environ.get("LLM_MIRROR") or str(mirror)
+    """The ground around a clone in which the toy graph is built."""
     times = root / TIMES
-    return Ground(Clone(root, {**dvc.environment(), **told}), json.loads(times.read_text(encoding="utf-8")) if times.exists() else {})
+    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    return Ground(Clone(root, certify.environment(root, mirror(root.parent))), seconds)
+
+
+def mirror(place: Path) -> Path:
+    """What this checkout has downloaded, for the clones."""
+    return certify.collected(PROJECT / "var/downloads", place / "mirror")
 
 
 def repro(*nodes: str) -> tuple[str, ...]:
@@ -182,8 +170,11 @@ def line_with(said: list[str], *words: str) -> str:
     raise RuntimeError(f"nobody said {' or '.join(words)}; the end was: {' / '.join(said[-4:])}")
 
 
-def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+def kill_below(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for all that a process started; itself it may say so."""
+    for child in reversed(psutil.Process(process.pid).children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def remove(path: Path) -> None:

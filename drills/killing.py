@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from drills.ground import Clone, Ground, Outcome, descendants, line_with, lines, repro
+from drills.ground import Clone, Ground, Outcome, kill_below, line_with, lines, repro, shown
 
 STAGES = {
     "download@shakespeare": "raw/shakespeare",
@@ -34,7 +34,7 @@ def in_stage(ground: Ground, node: str, draw: random.Random) -> Outcome:
         if node in STAGES:
             return ground.outcome(clone, line, repro(node), STAGES[node])
         same = sum((clone.root / page).read_bytes() == (ground.whole.root / page).read_bytes() for page in PAGES)
-        return Outcome(line, " ".join(("dvc", *repro(node)[3:])), same, len(PAGES))
+        return Outcome(line, shown(repro(node)), same, len(PAGES))
 
 
 def killed(clone: Clone, node: str, seconds: float, draw: random.Random) -> str:
@@ -48,8 +48,7 @@ def killed(clone: Clone, node: str, seconds: float, draw: random.Random) -> str:
             if line.startswith(">"):  # DVC's prompt before the stage's command
                 break
         time.sleep(draw.uniform(0.3, 0.9) * seconds / 2**attempt)
-        for child in reversed(descendants(process)):
-            child.kill()
+        kill_below(process)
         said += process.communicate()[0]
         if process.returncode:
             return said

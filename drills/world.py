@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from drills.ground import Ground, Outcome, Unfit, line_with, repro
+from drills.ground import Ground, Outcome, Unfit, kill_below, line_with, repro
 from llm_from_scratch.data.corpora import Source
 
 SOURCE = "shakespeare"
 NOWHERE = "http://127.0.0.1:9/simple"  # the discard port: nobody listens
-JUMP = "400d"
+DAYS = 400
 
 
 def two_at_once(ground: Ground) -> Outcome:
@@ -43,24 +43,38 @@ def two_at_once(ground: Ground) -> Outcome:
 
 
 def clock(ground: Ground) -> Outcome:
-    """A training starts 400 days ahead of time, is killed, and goes on today; files seem to come from the future."""
+    """A training starts 400 days ahead of time, is killed, and goes on today, from files of the future."""
     if shutil.which("faketime") is None:
         raise Unfit("needs faketime (Debian: apt-get install faketime)")
-    node = "train@base"
+    node, ahead = "train@base", ("faketime", "--exclude-monotonic", "-f", f"+{DAYS}d")
     with ground.copy() as clone:
         clone.stale(node)
-        ahead = clone.start("faketime", "--exclude-monotonic", "-f", f"+{JUMP}", *repro(node))
+        (now,) = clone.must(*ahead, "date", "+%s")
+        assert float(now) > time.time() + 86400, "the clock was not ahead"
+        process = clone.start(*ahead, *repro(node))
         deadline = time.monotonic() + 120
-        while not list(clone.root.glob("runs/*/[0-9]*/manifest.json")) and ahead.poll() is None and time.monotonic() < deadline:
+        while not (begun := checkpoints(clone.root)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.killpg(ahead.pid, signal.SIGKILL)
-        ahead.communicate()
-        newest = max((path.stat().st_mtime for path in clone.root.glob("runs/*/*")), default=0.0)
-        assert newest > time.time() + 86400, "the clock was not ahead"
+        kill_below(process)
+        process.communicate()
+        assert begun, "it made no checkpoint to go on from"
+        stamp(clone.root / "runs", float(now))
         clone.must(*repro(node))
-        status, said = clone.run("dvc", "status", node)
-        assert status == 0
-        return ground.outcome(clone, said[-1], repro(node), "models/base", remark="its checkpoints were 400 days ahead")
+        step = json.loads((clone.root / "artifacts/logs/train/base/metrics.json").read_text(encoding="utf-8"))["resumed_at"]
+        assert step, "the checkpoint was passed over"
+        said = clone.must("dvc", "status", node)
+        remark = f"it went on from step {step}, saved {DAYS} days ahead"
+        return ground.outcome(clone, said[-1], repro(node), "models/base", remark=remark)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    return list(root.glob("runs/*/[0-9]*/manifest.json"))
+
+
+def stamp(folder: Path, moment: float) -> None:
+    """All files in a folder are of that moment: faketime tells processes another time, and not the kernel, which stamps what they write."""
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (moment, moment))
 
 
 def no_network(ground: Ground) -> Outcome:

@@ -136,7 +136,7 @@ def _checking(commands: Commands) -> None:
     certify.add_argument("--profile", default="smoke", help="an overlay in profiles/ (default: smoke)")
     certify.set_defaults(do=_certify)
 
-    fsck = commands.add_parser("fsck", help="read every object of DVC's cache, and remove what is damaged")
+    fsck = commands.add_parser("fsck", help="read every object of DVC's cache, remove what is damaged, and say what is not in it")
     fsck.set_defaults(do=_fsck)
 
 

@@ -1,18 +1,20 @@
 """The certificate of reproduction: the graph at toy size, built twice from nothing in two clones of HEAD, ends in the same digests.
 
-The clones share this Python and what this checkout has downloaded, and nothing else: each has a DVC cache, an artifacts/ and a runs/ of its
-own. Data, tokenizers, weights, adapters and the index are compared by the digests of their bundles, which cover every byte of them.
+The clones share this Python and what was downloaded before, and nothing else: each has a DVC cache, an artifacts/ and a runs/ of its own.
+Data, tokenizers, weights, adapters and the index are compared by the digests of their bundles, which cover every byte of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pipelines import dvc
 
 CERTIFICATE = Path("var/certificate")
 ARCHIVES = {".whl", ".gz"}
+STARTED = re.compile(r"Running stage '(.+)'")  # as DVC says it
 SHORT = 16  # digits of a digest that the table shows
 
 
@@ -30,7 +33,9 @@ def certify(root: Path, profile: str) -> bool:
     (root / "var").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="certify.", dir=root / "var") as place:
         mirror = collected(root / "var/downloads", Path(place) / "mirror")
-        a, b = (built(root, Path(place) / name, profile, mirror) for name in ("a", "b"))
+        a = built(root, Path(place) / "a", profile, mirror)
+        collected(Path(place) / "a/var/downloads", mirror)  # what A had to fetch, B need not
+        b = built(root, Path(place) / "b", profile, mirror)
     rows = [
         {"bundle": name, "digest in A": a["digests"].get(name, "none"), "digest in B": b["digests"].get(name, "none")}
         for name in sorted({*a["digests"], *b["digests"]})
@@ -43,32 +48,55 @@ def certify(root: Path, profile: str) -> bool:
 
 def collected(downloads: Path, mirror: Path) -> Path:
     """A folder of links to the archives that were fetched before, which are checked by their sha256 like any other's."""
-    mirror.mkdir()
+    mirror.mkdir(exist_ok=True)
     for archive in downloads.glob("*/*"):
-        if archive.suffix in ARCHIVES:
-            (mirror / archive.name).symlink_to(archive)
+        link = mirror / archive.name
+        if archive.suffix in ARCHIVES and not link.exists():
+            link.symlink_to(archive)
     return mirror
 
 
 def built(root: Path, clone: Path, profile: str, mirror: Path) -> dict[str, Any]:
-    """A clone of HEAD, built from nothing and forgotten again; what its digests.json says. Raises ValueError with the last line said."""
-    print(f"building {profile} in {clone.name.upper()}", file=sys.stderr, flush=True)
-    run(root, "git", "clone", "--quiet", ".", str(clone))
-    run(clone, sys.executable, "-m", "pipelines", "experiment", profile, mirror=mirror)
-    run(clone, sys.executable, "-m", "stages", "digests", mirror=mirror)
+    """What digests.json says of a clone of HEAD, built from nothing. Raises ValueError with the lines said last."""
+    grow(root, clone, profile, mirror, lambda node: print(f"{clone.name.upper()}: {node}", file=sys.stderr, flush=True))
+    run(clone, mirror, sys.executable, "-m", "stages", "digests")
     found: dict[str, Any] = json.loads((clone / "reports/digests.json").read_text(encoding="utf-8"))
-    shutil.rmtree(clone)
     return found
 
 
-def run(folder: Path, *command: str, mirror: Path | None = None) -> None:
-    told = {"PYTHONPATH": str(folder / "src"), "MLFLOW_TRACKING_URI": ""}
-    if mirror is not None and not os.environ.get("LLM_MIRROR"):
-        told["LLM_MIRROR"] = str(mirror)
-    done = subprocess.run(command, cwd=folder, env=dvc.environment() | told, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise ValueError(f"{' '.join(command[-3:])} ended with {done.returncode}: {' / '.join(said[-2:])}")
+def grow(root: Path, clone: Path, profile: str, mirror: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """A clone of HEAD, and the graph in it; `say` hears of each node as it starts. The seconds that each took. Raises ValueError."""
+    starts: dict[str, float] = {}
+
+    def heard(line: str) -> None:
+        if node := STARTED.match(line):
+            starts[node[1]] = time.monotonic()
+            say(node[1])
+
+    subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+    run(clone, mirror, sys.executable, "-m", "pipelines", "experiment", profile, heard=heard)
+    ends = [*list(starts.values())[1:], time.monotonic()]
+    return {node: end - start for (node, start), end in zip(starts.items(), ends, strict=True)}
+
+
+def run(clone: Path, mirror: Path, *command: str, heard: Callable[[str], None] = lambda line: None) -> None:
+    """A command in a clone; `heard` gets its lines as they come. Raises ValueError with the last of them where it fails."""
+    last: deque[str] = deque(maxlen=4)
+    with subprocess.Popen(
+        command, cwd=clone, env=environment(clone, mirror), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in filter(None, map(str.strip, process.stdout)):
+            last.append(line)
+            heard(line)
+    if process.returncode:
+        raise ValueError(f"{' '.join(command[-3:])} ended with {process.returncode}: {' / '.join(last)}")
+
+
+def environment(clone: Path, mirror: Path) -> dict[str, str]:
+    """Of commands in a clone: its own code, no MLflow, and what is said is said at once."""
+    told = {"PYTHONPATH": str(clone / "src"), "MLFLOW_TRACKING_URI": "", "PYTHONUNBUFFERED": "1"}
+    return dvc.environment() | told | {"LLM_MIRROR": os.environ.get("LLM_MIRROR") or str(mirror)}
 
 
 def head(root: Path) -> str:

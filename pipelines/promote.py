@@ -11,12 +11,14 @@ from llm_from_scratch import registry, tracking
 from llm_from_scratch.bundle import file_digest, verify
 from llm_from_scratch.registry import Rule
 from pipelines.champion import connect
+from pipelines.fsck import absent
 
 VERDICT = Path("reports/verdict.json")
 
 
 def promote(root: Path) -> list[str]:
-    """A line for each model: its version, and whether it became champion. A bundle that is registered already stays the version it is.
+    """A line for each model: its version, and whether it became champion; and one where DVC's cache could not bring them back one day. A
+    bundle that is registered already stays the version it is.
 
     Raises ValueError where evaluate has not run, or what it scored is no longer what is here.
     """
@@ -28,7 +30,7 @@ def promote(root: Path) -> list[str]:
     verdict = json.loads((root / VERDICT).read_text(encoding="utf-8"))
     lines = [_apply(root, entry, Rule(**verdict["rule"])) for entry in verdict["candidates"]]
     tracking.log_files("report", [root / "reports" / "report.md", root / "reports" / "metrics.json"])
-    return lines
+    return lines + absent(root)
 
 
 def _apply(root: Path, entry: dict, rule: Rule) -> str:

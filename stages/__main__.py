@@ -39,6 +39,12 @@ EPILOG = (
     "Beside the graph: import SOURCE --name NAME, export NAME --gguf FILE, documents --add FOLDER --remove ID, sources, whence THING, and "
     "digests; see their --help."
 )
+WAYS_ON = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    errno.EROFS: "make it writable",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to it"),
+}
+"""What a person can do about a disk that refuses."""
 SHARED = ("train",)
 """What several processes can do together."""
 
@@ -63,8 +69,8 @@ def ended(who: str, work: Callable[[], None]) -> int:
     try:
         work()
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        print(f"{who}: {error}{'; make room, then the same command goes on' if full else ''}", file=sys.stderr)
+        way = WAYS_ON.get(error.errno or 0) if isinstance(error, OSError) else None
+        print(f"{who}: {error}{f'; {way}, then the same command goes on' if way else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{who}: stopped; the same command goes on", file=sys.stderr)

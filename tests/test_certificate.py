@@ -1,4 +1,6 @@
-"""A rebuild held against a committed one: equal to the bit, or as good on another machine, or neither, and said in one line."""
+"""A rebuild held against a committed one: equal to the bit, or as good on another machine, or neither, and said in one line; and two
+builds held against each other.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import pytest
 
 from llm_from_scratch import bundle
 from llm_from_scratch.evaluation.certificate import Rebuild, compare
+from pipelines import certify
 
 ROOT = Path(__file__).parent.parent
 HERE = {"cpu": "GenuineIntel 6 207", "kernels": "AVX512", "threads": "2", "torch": "2.13.0"}
@@ -105,3 +108,41 @@ def test_what_no_node_made_is_not_of_the_rebuild_even_if_damaged(project: Path) 
 
     assert digests(project).returncode == 0
     assert list(json.loads((project / "reports/digests.json").read_text())["digests"]) == ["models/base", "raw/text"]
+
+
+def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, str]) -> bool:
+    """What certify makes of two builds, A and B, that ended in these digests."""
+
+    def built(root: Path, clone: Path, profile: str, mirror: Path) -> dict[str, object]:
+        return {"digests": digests[clone.name], "made_on": HERE}
+
+    monkeypatch.setattr(certify, "built", built)
+    return certify.certify(root, "smoke")
+
+
+def test_two_builds_that_end_alike_are_certified_and_others_are_not(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    assert certified(monkeypatch, project, a={"models/base": "11"}, b={"models/base": "11"})
+    assert "1 of 1 digests equal, profile smoke" in (project / "var/certificate.md").read_text()
+    assert not certified(monkeypatch, project, a={"models/base": "11", "index": "22"}, b={"models/base": "33"})
+    rows = json.loads((project / "var/certificate.json").read_text())["rows"]
+    assert [(row["bundle"], row["digest in B"], row["equal"]) for row in rows] == [("index", "none", "no"), ("models/base", "33", "no")]
+    assert not certified(monkeypatch, project, a={}, b={}), "nothing was built"
+
+
+def test_a_build_of_certify_shows_its_nodes_and_ends_in_the_lines_that_were_said_last(tmp_path: Path) -> None:
+    heard: list[str] = []
+    said = "import os; print('one\\n\\ntwo'); print(os.environ['PYTHONPATH'])"
+    certify.run(tmp_path, tmp_path / "mirror", sys.executable, "-c", said, heard=heard.append)
+    assert heard == ["one", "two", str(tmp_path / "src")]
+    with pytest.raises(ValueError, match=r"ended with 3: no room$"):
+        certify.run(tmp_path, tmp_path / "mirror", sys.executable, "-c", "print('no room'); exit(3)")
+
+
+def test_what_a_fetched_is_there_for_b(tmp_path: Path) -> None:
+    """The second build used to fetch again what the first had."""
+    for place, name in (("checkout", "text.gz"), ("a", "text.gz"), ("a", "model.whl"), ("a", "notes.txt")):
+        (tmp_path / place / "pin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "pin" / name).write_text(place)
+    mirror = certify.collected(tmp_path / "checkout", tmp_path / "mirror")
+    certify.collected(tmp_path / "a", mirror)
+    assert {path.name: path.read_text() for path in mirror.iterdir()} == {"text.gz": "checkout", "model.whl": "a"}

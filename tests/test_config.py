@@ -125,8 +125,9 @@ def test_a_name_that_params_have_not_is_answered_with_those_they_have(stage: str
     [
         (ValueError("a : b"), "train base: a : b"),
         (OSError(28, "No space"), "train base: [Errno 28] No space; make room, then the same command goes on"),
+        (OSError(30, "Read-only"), "train base: [Errno 30] Read-only; make it writable, then the same command goes on"),
     ],
-    ids=["as it was said", "disk full"],
+    ids=["as it was said", "disk full", "read-only disk"],
 )
 def test_an_error_is_one_line_for_a_person(
     error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

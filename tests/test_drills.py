@@ -68,23 +68,57 @@ def test_rows_of_other_drills_stay_in_the_table_in_its_order(monkeypatch: pytest
     assert "`a ¦ b`" in (tmp_path / "drills.md").read_text()
 
 
-@pytest.mark.slow
-def test_fsck_removes_what_rotted_in_dvcs_cache_which_dvc_itself_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_committed_table_has_every_drill_and_none_that_lost_anything() -> None:
+    """As README says."""
+    rows = json.loads((drills.PROJECT / "reports/drills.json").read_text())["rows"]
+    assert [row["drill"] for row in rows] == list(drills.DRILLS)
+    assert not [row["drill"] for row in rows if row["failed"]]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one node of a graph, which has run; in it from here on."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").write_text("whole")
-    for command in (("init", "--no-scm", "--quiet"), ("add", "--quiet", "data")):
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {make: {cmd: mkdir -p artifacts/data && echo whole > artifacts/data/text, outs: [artifacts/data]}}"
+    )
+    for command in (("init", "--no-scm", "--quiet"), ("repro", "--quiet")):
         subprocess.run(dvc.command(*command), env=dvc.environment(), check=True)
-    (cached,) = (tmp_path / ".dvc/cache/files/md5").glob("??/*")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_fsck_removes_what_rotted_in_dvcs_cache_which_dvc_itself_trusts(project: Path) -> None:
+    cached = object_of(project, "whole\n")
     assert fsck.fsck() == ["every object is what its name says"]
 
     cached.chmod(0o644)
     cached.write_text("whale")
     cached.chmod(0o444)
-    (tmp_path / "data").unlink()
+    (project / "artifacts/data/text").unlink()
     subprocess.run([sys.executable, "-m", "dvc", "checkout", "--quiet"], check=True)
-    assert (tmp_path / "data").read_text() == "whale", "the reason for fsck"
+    assert (project / "artifacts/data/text").read_text() == "whale", "the reason for fsck"
     first, last = fsck.fsck()
     assert cached.parent.name in first
     assert first.endswith("its bytes were others; removed")
     assert "makes it anew" in last
     assert not cached.exists()
+
+
+@pytest.mark.slow
+def test_what_never_came_into_dvcs_cache_is_missed_and_dvc_commit_puts_it_there(project: Path) -> None:
+    """A full disk used to be noticed when a champion's files were to be brought back."""
+    cached = object_of(project, "whole\n")
+    cached.unlink()
+    assert fsck.absent(project) == [
+        "1 of 1 outputs are not whole in DVC's cache, such as artifacts/data; "
+        "make room where it is, then dvc commit puts them there, or dvc repro makes them anew"
+    ]
+    subprocess.run(dvc.command("commit", "--quiet"), env=dvc.environment(), check=True)
+    assert cached.read_text() == "whole\n"
+    assert fsck.absent(project) == []
+
+
+def object_of(project: Path, text: str) -> Path:
+    (found,) = (path for path in (project / ".dvc/cache/files/md5").glob("??/*") if path.read_text() == text)
+    return found

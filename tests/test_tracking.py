@@ -93,6 +93,16 @@ def test_a_store_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path) -
     tracking.connect("", "", "", {})
 
 
+def test_of_a_server_that_is_not_there_the_first_word_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to be the last library's account, cut off before its reason."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking.connect("http://127.0.0.1:9", "tuesday", "", {})
+    said = r"^MLflow at http://127.0.0.1:9 did not take this \(ConnectionRefusedError: \S+ 111. Connection refused\); the build goes on"
+    with pytest.warns(UserWarning, match=said), tracking.stage_run("train", "gpt", {}):
+        pass
+    tracking.connect("", "", "", {})
+
+
 def test_what_a_store_missed_is_there_after_the_next_connection(tmp_path: Path) -> None:
     """It used to be lost: a warning was all that remained of it."""
     broken, uri, waiting = f"sqlite:///{tmp_path}/broken.db", f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "spool"

@@ -105,6 +105,16 @@ def deliver(folder: Path, tell: Tell) -> None:
                 waiting.file.close()
 
 
+def reason(error: Exception) -> str:
+    """In a line, why a record was not taken; of a server that is not there, what was said first, and not what each library on the way here
+    made of it."""
+    chain: list[BaseException] = [error]
+    while deeper := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(deeper)
+    first = chain[-1] if any(isinstance(found, OSError) for found in chain) else error
+    return f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
+
+
 @dataclass
 class Waiting:
     """A file of records, locked while its process lives; those before the byte `at` are told."""

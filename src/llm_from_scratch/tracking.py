@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from llm_from_scratch import spool
 from llm_from_scratch.hardware import Readings
-from llm_from_scratch.spool import Patient, Record, Spool, Tell
+from llm_from_scratch.spool import Patient, Record, Spool, Tell, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -260,8 +260,7 @@ class _Run:
         if not self.complained:
             self.complained = True
             then = f"what it missed waits in {_connection.spool} for the next one" if _connection.spool else "what it missed is lost"
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            warnings.warn(f"MLflow did not take this ({why}); the build goes on, and {then}", stacklevel=2)
+            warnings.warn(f"MLflow at {_connection.uri} did not take this ({reason(error)}); the build goes on, and {then}", stacklevel=2)
 
 
 def _record(key: str, record: Record) -> None:
@@ -303,7 +302,7 @@ def _attempt(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the build may not
-        warnings.warn(f"MLflow did not take this ({type(error).__name__}: {str(error)[:200]}); the build goes on", stacklevel=2)
+        warnings.warn(f"MLflow at {_connection.uri} did not take this ({reason(error)}); the build goes on", stacklevel=2)
 
 
 def _client() -> MlflowClient:
