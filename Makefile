@@ -129,8 +129,10 @@ prefect: setup ## the Prefect server and its page on 127.0.0.1:4200
 
 # Leases on disk outlive a restart of the server; in its memory, the default, what they held would be taken for ever.
 # Whoever waits for the card asks again, and slots of the lost are taken back, every five seconds.
+# Its page asks the server that it came from; by default it asks port 4200 for the runs, whichever PREFECT_PORT is.
 PREFECT_SERVER := PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem \
-	PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS=5 PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS=5
+	PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS=5 PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS=5 \
+	PREFECT_SERVER_UI_API_URL=/api
 
 deploy worker: export PREFECT_API_URL ?= http://$(HOST):$(PREFECT_PORT)/api
 

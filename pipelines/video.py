@@ -55,7 +55,12 @@ def served(root: Path) -> Iterator[Places]:
 
     Raises ValueError where one of them does not come up, and the package's own errors.
     """
-    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "NO_MKDOCS_2_WARNING": "1"}
+    settings = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # its page asks port 4200 otherwise, whichever the server has
+        "NO_MKDOCS_2_WARNING": "1",
+    }
     os.environ.update(settings)
     store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/var/mlflow.db"
     os.environ.setdefault("PREFECT_HOME", f"{root}/var/prefect")
@@ -105,7 +110,7 @@ def video(root: Path, out: Path) -> Path:
                 scene(camera, place)
             camera.stop()
         except Error as error:
-            raise ValueError(f"a scene is not as expected: {str(error).splitlines()[0]}; look at it in a browser") from None
+            raise ValueError(f"the scene at {page.url} is not as expected: {' '.join(str(error).split())}; look at it in a browser") from None
         out.parent.mkdir(parents=True, exist_ok=True)
         camera.develop(out)
     if out.stat().st_size > LARGEST_BYTES:
