@@ -28,12 +28,12 @@ class Ended(Protocol):
     message: str | None
 
 
-def tell(flow: Any, run: Run, state: Ended) -> None:
-    """A hook for `on_failure` and `on_crashed`."""
-    if name := run.parameters.get("notify", ""):
+def tell(flow: Any, flow_run: Run, state: Ended) -> None:
+    """A hook for `on_failure` and `on_crashed`. Its parameters have the names by which a worker calls it when the run's process died."""
+    if name := flow_run.parameters.get("notify", ""):
         page = PREFECT_UI_URL.value()
-        where = f"\n{page}/runs/flow-run/{run.id}" if page else ""
-        load(name).notify(f"{(state.message or '')[:LONGEST]}{where}", f"{flow.name} {run.name}: {state.name}")
+        where = f"\n{page}/runs/flow-run/{flow_run.id}" if page else ""
+        load(name).notify(f"{(state.message or '')[:LONGEST]}{where}", f"{flow.name} {flow_run.name}: {state.name}")
 
 
 def load(name: str) -> NotificationBlock:

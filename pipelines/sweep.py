@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipelines import dvc, profiles
 
 GRIDS = profiles.FOLDER / "grids"
@@ -40,10 +42,32 @@ def sweep(root: Path, grid: str, profile: str, targets: Sequence[str], name: str
     settings = [*(profiles.settings(profiles.overlay(profile)) if profile else ()), *wanted]
     told = [argument for setting in settings for argument in ("-S", setting)]
     environment = dvc.environment() | {"REBUILD_ID": name} | absolute_store(root)
+    forget_the_dead(root)
     for command in (["exp", "run", "--queue", "--name", name, *told, *targets], ["exp", "run", "--run-all", "--jobs", str(jobs)]):
         if status := subprocess.run(dvc.command(*command), env=environment, check=False).returncode:
             return status
     return 0
+
+
+def forget_the_dead(root: Path) -> None:
+    """Tell DVC that what it takes for running has failed, where it has no worker that could run it.
+
+    A sweep that was killed leaves such, and DVC would follow their logs for ever, with the card in its hands.
+    """
+    if any(is_worker(process, root) for process in psutil.process_iter(["cmdline", "cwd"])):
+        return
+    if dead := running(dvc.output("queue", "status")):
+        dvc.output("queue", "kill", "--force", *dead)
+
+
+def running(status: str) -> list[str]:
+    """Of `dvc queue status`, the tasks that it calls running."""
+    return re.findall(r"^([0-9a-f]{7,})\s.*\sRunning\s*$", status, re.MULTILINE)
+
+
+def is_worker(process: psutil.Process, root: Path) -> bool:
+    """Whether it takes experiments out of the queue of the workspace `root`."""
+    return "queue-worker" in (process.info["cmdline"] or ()) and process.info["cwd"] == str(root.resolve())
 
 
 def table(shown: str, name: str) -> str:

@@ -420,6 +420,24 @@ def test_a_sweep_of_nothing_or_by_no_name_is_one_line(tmp_path: Path, monkeypatc
         sweep.sweep(tmp_path, "dull", "", [], "x", 1)
 
 
+def test_what_a_killed_sweep_left_as_running_is_told_from_what_a_worker_of_this_workspace_runs(tmp_path: Path) -> None:
+    """DVC followed the log of such an experiment for ever, and the next sweep never came to its end."""
+    status = """\
+Task     Name         Created    Status
+573515a  long-1       11:06 AM   Running
+2c55779  Running-2    11:11 AM   Success
+fa77c88               11:13 AM   Running
+
+Worker status: 0 active, 0 idle
+"""
+    assert sweep.running(status) == ["573515a", "fa77c88"]
+    words = [sys.executable, "-c", "import time; time.sleep(60)", "exp", "queue-worker", "dvc-exp-1@localhost"]
+    with subprocess.Popen(words, cwd=tmp_path) as worker:
+        found = [one for one in psutil.process_iter(["cmdline", "cwd"]) if one.pid == worker.pid]
+        assert [sweep.is_worker(found[0], folder) for folder in (tmp_path, ROOT)] == [True, False]
+        worker.kill()
+
+
 def test_of_what_dvc_shows_a_sweep_keeps_its_own_rows_and_what_differs() -> None:
     shown = """\
 Experiment,rev,typ,Created,parent,State,Executor,seconds,val_bpb,steps,learning_rate

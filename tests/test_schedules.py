@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -27,8 +29,11 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
 from ruamel.yaml import YAML
 
-from pipelines import deploy, flows, gpu, process, rebuild
+from llm_from_scratch import bundle
+from llm_from_scratch.evaluation.promotion import Scores
+from pipelines import deploy, flows, gpu, notify, process, rebuild
 from tests.prefect_runs import ROOT, artifacts, environment, project, story, tasks, waited
+from tests.tiny import tiny_model
 
 GRAPH = """\
 stages:
@@ -192,6 +197,46 @@ def test_a_source_that_changed_starts_one_rebuild_that_downloads_it_anew_however
     assert started.tags == ["data-changed"]
 
 
+@pytest.mark.slow
+def test_promotion_as_a_deployment_moves_the_champion_in_the_store_that_deploy_was_told(
+    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    root = project(tmp_path / "project", GRAPH, **FILES)
+    digest = bundle.read_manifest(tiny_model(root / "artifacts/models/tiny")).digest
+    scores = Scores("val_bpb", {f"u{place}": (2.0, 1.0) for place in range(60)}).to_json()
+    entry = {
+        "name": "llm-from-scratch-tiny",
+        "folder": "artifacts/models/tiny",
+        "digest": digest,
+        "card": "card.md",
+        "metrics": {"val_bpb": 2.0},
+        "facts": {"kind": "model", "made_by": "train@tiny", "asked": "text"},
+        "beside": {},
+        "scores": {"file": "scores.json", "sha256": hashlib.sha256(scores.encode()).hexdigest()},
+    }
+    verdict = {"rule": {"minimum_gain": 0.0, "minimum_units": 20, "resamples": 100, "confidence": 0.95, "seed": 1}, "candidates": [entry]}
+    (root / "reports").mkdir()
+    for name, text in {
+        "card.md": "---\ntags: [tiny]\n---\n# tiny\n",
+        "scores.json": scores,
+        "reports/verdict.json": json.dumps(verdict),
+        "reports/report.md": "# It works\n",
+        "reports/metrics.json": "{}",
+    }.items():
+        (root / name).write_text(text)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{tmp_path}/elsewhere.db")
+    list(deploy.deploy(suffix="-p", notify="", kubernetes=False))
+    with worker("local", tmp_path), get_client(sync_client=True) as client:
+        run = settled(client.create_flow_run_from_deployment(client.read_deployment_by_name("promote/promote-p").id))
+        _, lines = story(run.id)  # the last of them come after the end, from the process of the run
+    assert "llm-from-scratch-tiny: version 1 is now champion: the first version" in lines
+    store = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert store.get_model_version_by_alias("llm-from-scratch-tiny", "champion").tags["digest"] == digest
+
+
 class Heard(BaseHTTPRequestHandler):
     """A chat that keeps what it is told."""
 
@@ -222,13 +267,17 @@ def test_a_failure_is_told_through_the_block_that_the_run_names_and_to_nobody_wh
     monkeypatch.chdir(project(tmp_path / "project", "stages: [none]\n"))
     block = CustomWebhookNotificationBlock(name="ops", url=chat, json_data={"title": "{{subject}}", "text": "{{body}}"})
     block.save("ops", overwrite=True)
-    for notify in ("", "custom-webhook/ops"):
-        state = rebuild.rebuild(notify=notify, return_state=True)
+    for told in ("", "custom-webhook/ops"):
+        state = rebuild.rebuild(notify=told, return_state=True)
         assert state.is_failed()
-    (word,) = Heard.words
+    crashed = SimpleNamespace(id="1", name="a-run", parameters={"notify": "custom-webhook/ops"})
+    # By keyword, as a worker does it whose run is gone. Of such nobody was told.
+    notify.tell(flow=flows.sweep, flow_run=crashed, state=SimpleNamespace(name="Crashed", message="killed"))
+    word, of_the_worker = Heard.words
     assert word["title"].startswith("rebuild ")
     assert word["title"].endswith(": Failed")
     assert "dvc dag" in word["text"]
+    assert of_the_worker["title"] == "sweep a-run: Crashed"
 
 
 def deployments(suffix: str = "", notify: str = "", tracking_uri: str = "") -> dict[str, dict[str, Any]]:
