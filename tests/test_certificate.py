@@ -122,11 +122,18 @@ def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, 
 
 def test_two_builds_that_end_alike_are_certified_and_others_are_not(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     assert certified(monkeypatch, project, a={"models/base": "11"}, b={"models/base": "11"})
-    assert "1 of 1 digests equal, profile smoke" in (project / "var/certificate.md").read_text()
+    assert "1 of 1 digests equal, profile smoke" in (project / "reports/certificate.md").read_text()
     assert not certified(monkeypatch, project, a={"models/base": "11", "index": "22"}, b={"models/base": "33"})
-    rows = json.loads((project / "var/certificate.json").read_text())["rows"]
+    rows = json.loads((project / "reports/certificate.json").read_text())["rows"]
     assert [(row["bundle"], row["digest in B"], row["equal"]) for row in rows] == [("index", "none", "no"), ("models/base", "33", "no")]
     assert not certified(monkeypatch, project, a={}, b={}), "nothing was built"
+
+
+def test_the_committed_certificate_has_no_digest_that_differs() -> None:
+    """As README says."""
+    rows = json.loads((ROOT / "reports/certificate.json").read_text())["rows"]
+    assert len(rows) > 20
+    assert not [row["bundle"] for row in rows if row["equal"] != "yes"]
 
 
 def test_a_build_of_certify_shows_its_nodes_and_ends_in_the_lines_that_were_said_last(tmp_path: Path) -> None:
