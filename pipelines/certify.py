@@ -52,6 +52,7 @@ def collected(downloads: Path, mirror: Path) -> Path:
     for archive in downloads.glob("*/*"):
         link = mirror / archive.name
         if archive.suffix in ARCHIVES and not link.exists():
+            link.unlink(missing_ok=True)  # where it leads to what is gone
             link.symlink_to(archive)
     return mirror
 

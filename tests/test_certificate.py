@@ -150,6 +150,8 @@ def test_what_a_fetched_is_there_for_b(tmp_path: Path) -> None:
     for place, name in (("checkout", "text.gz"), ("a", "text.gz"), ("a", "model.whl"), ("a", "notes.txt")):
         (tmp_path / place / "pin").mkdir(parents=True, exist_ok=True)
         (tmp_path / place / "pin" / name).write_text(place)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/model.whl").symlink_to(tmp_path / "gone")
     mirror = certify.collected(tmp_path / "checkout", tmp_path / "mirror")
     certify.collected(tmp_path / "a", mirror)
     assert {path.name: path.read_text() for path in mirror.iterdir()} == {"text.gz": "checkout", "model.whl": "a"}
