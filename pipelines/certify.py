@@ -33,16 +33,18 @@ def certify(root: Path, profile: str) -> bool:
     (root / "var").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="certify.", dir=root / "var") as place:
         mirror = collected(root / "var/downloads", Path(place) / "mirror")
-        a = built(root, Path(place) / "a", profile, mirror)
-        collected(Path(place) / "a/var/downloads", mirror)  # what A had to fetch, B need not
-        b = built(root, Path(place) / "b", profile, mirror)
+        first, second = Path(place) / "a", Path(place) / "b"
+        a = built(root, first, profile, mirror)
+        collected(first / "var/downloads", mirror)  # what A had to fetch, B need not
+        b = built(first, second, profile, mirror)  # this checkout may have another HEAD by now
+        commit = head(first)
     rows = [
         {"bundle": name, "digest in A": a["digests"].get(name, "none"), "digest in B": b["digests"].get(name, "none")}
         for name in sorted({*a["digests"], *b["digests"]})
     ]
     for row in rows:
         row["equal"] = "yes" if row["digest in A"] == row["digest in B"] else "no"
-    write(root / CERTIFICATE, profile, head(root), a["made_on"], rows)
+    write(root / CERTIFICATE, profile, commit, a["made_on"], rows)
     return bool(rows) and all(row["equal"] == "yes" for row in rows)
 
 

@@ -114,6 +114,9 @@ def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, 
     """What certify makes of two builds, A and B, that ended in these digests."""
 
     def built(root: Path, clone: Path, profile: str, mirror: Path) -> dict[str, object]:
+        git(clone.parent, "clone", "--quiet", str(root), str(clone))
+        if clone.name == "a":
+            git(root, "commit", "--quiet", "--allow-empty", "--message", "meanwhile")
         return {"digests": digests[clone.name], "made_on": HERE}
 
     monkeypatch.setattr(certify, "built", built)
@@ -121,8 +124,11 @@ def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, 
 
 
 def test_two_builds_that_end_alike_are_certified_and_others_are_not(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    """The commit used to be the one that this checkout had at the end, and B another than A where somebody committed meanwhile."""
+    git(project, "commit", "--quiet", "--allow-empty", "--message", "first")
+    commit = certify.head(project)
     assert certified(monkeypatch, project, a={"models/base": "11"}, b={"models/base": "11"})
-    assert "1 of 1 digests equal, profile smoke" in (project / "reports/certificate.md").read_text()
+    assert f"1 of 1 digests equal, profile smoke, commit {commit}. " in (project / "reports/certificate.md").read_text()
     assert not certified(monkeypatch, project, a={"models/base": "11", "index": "22"}, b={"models/base": "33"})
     rows = json.loads((project / "reports/certificate.json").read_text())["rows"]
     assert [(row["bundle"], row["digest in B"], row["equal"]) for row in rows] == [("index", "none", "no"), ("models/base", "33", "no")]
