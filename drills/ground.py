@@ -137,10 +137,11 @@ def built(place: Path, say: Callable[[str], None]) -> Ground:
 
 
 def opened(root: Path) -> Ground:
-    """The ground around a clone in which the toy graph is built."""
+    """The ground around a clone in which the toy graph is built. What this checkout or that clone has downloaded is the drills' mirror."""
+    whole = Clone(root, certify.environment(root, certify.collected(root / "var/downloads", mirror(root.parent))))
     times = root / TIMES
     seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-    return Ground(Clone(root, certify.environment(root, mirror(root.parent))), seconds)
+    return Ground(whole, seconds)
 
 
 def mirror(place: Path) -> Path:

@@ -21,28 +21,30 @@ from typing import Any
 
 from pipelines import dvc
 
-CERTIFICATE = Path("var/certificate")
+CERTIFICATE = Path("reports/certificate")
 ARCHIVES = {".whl", ".gz"}
 STARTED = re.compile(r"Running stage '(.+)'")  # as DVC says it
 SHORT = 16  # digits of a digest that the table shows
 
 
 def certify(root: Path, profile: str) -> bool:
-    """Build `profile` twice, write var/certificate.md and .json, and say whether every digest is equal. Raises ValueError where one of the
-    builds fails."""
+    """Build `profile` twice, write reports/certificate.md and .json, and say whether every digest is equal. Raises ValueError where one of
+    the builds fails."""
     (root / "var").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="certify.", dir=root / "var") as place:
         mirror = collected(root / "var/downloads", Path(place) / "mirror")
-        a = built(root, Path(place) / "a", profile, mirror)
-        collected(Path(place) / "a/var/downloads", mirror)  # what A had to fetch, B need not
-        b = built(root, Path(place) / "b", profile, mirror)
+        first, second = Path(place) / "a", Path(place) / "b"
+        a = built(root, first, profile, mirror)
+        collected(first / "var/downloads", mirror)  # what A had to fetch, B need not
+        b = built(first, second, profile, mirror)  # this checkout may have another HEAD by now
+        commit = head(first)
     rows = [
         {"bundle": name, "digest in A": a["digests"].get(name, "none"), "digest in B": b["digests"].get(name, "none")}
         for name in sorted({*a["digests"], *b["digests"]})
     ]
     for row in rows:
         row["equal"] = "yes" if row["digest in A"] == row["digest in B"] else "no"
-    write(root / CERTIFICATE, profile, head(root), a["made_on"], rows)
+    write(root / CERTIFICATE, profile, commit, a["made_on"], rows)
     return bool(rows) and all(row["equal"] == "yes" for row in rows)
 
 
@@ -52,6 +54,7 @@ def collected(downloads: Path, mirror: Path) -> Path:
     for archive in downloads.glob("*/*"):
         link = mirror / archive.name
         if archive.suffix in ARCHIVES and not link.exists():
+            link.unlink(missing_ok=True)  # where it leads to what is gone
             link.symlink_to(archive)
     return mirror
 
@@ -107,6 +110,7 @@ def head(root: Path) -> str:
 
 def write(place: Path, profile: str, commit: str, made_on: Mapping[str, str], rows: list[dict[str, str]]) -> None:
     """The table for people and for programs."""
+    place.parent.mkdir(exist_ok=True)
     equal = sum(row["equal"] == "yes" for row in rows)
     summary = f"{equal} of {len(rows)} digests equal, profile {profile}, commit {commit}"
     facts = {"summary": summary, "made_on": dict(made_on), "rows": rows}
@@ -114,7 +118,7 @@ def write(place: Path, profile: str, commit: str, made_on: Mapping[str, str], ro
     lines = ["# Certificate of reproduction", "", f"{summary}. Two clones, built one after the other from nothing.", ""]
     lines += ["| bundle | digest in A | digest in B | equal |", "|---|---|---|---|"]
     lines += [f"| {row['bundle']} | {row['digest in A'][:SHORT]} | {row['digest in B'][:SHORT]} | {row['equal']} |" for row in rows]
-    lines += ["", "Made on " + ", ".join(f"{name} {value}" for name, value in made_on.items()) + ".", ""]
+    lines += ["", "Made with `make certify` on " + ", ".join(f"{name} {value}" for name, value in made_on.items()) + ".", ""]
     text = "\n".join(lines)
     place.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

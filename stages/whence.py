@@ -52,7 +52,7 @@ FIGURES = {
     "heatmap_gpt": "ladder.gpt",
 }
 """What `evaluate` draws, and the keys of metrics.json whose bundles it draws it from."""
-BESIDE = {"drills": "python -m drills", "digests": "python -m stages digests"}
+BESIDE = {"drills": "python -m drills", "certificate": "python -m pipelines certify", "digests": "python -m stages digests"}
 """Files of reports/ that no node of the graph makes, and the commands that do."""
 HOMES = dict.fromkeys(("ladder", "mixture", "quantize", "finetune", "alignment"), "models") | {"tokenize": "tokens", "data": "raw"}
 """Keys of metrics.json that have an entry for each bundle, and where those lie in artifacts/."""

@@ -114,6 +114,9 @@ def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, 
     """What certify makes of two builds, A and B, that ended in these digests."""
 
     def built(root: Path, clone: Path, profile: str, mirror: Path) -> dict[str, object]:
+        git(clone.parent, "clone", "--quiet", str(root), str(clone))
+        if clone.name == "a":
+            git(root, "commit", "--quiet", "--allow-empty", "--message", "meanwhile")
         return {"digests": digests[clone.name], "made_on": HERE}
 
     monkeypatch.setattr(certify, "built", built)
@@ -121,12 +124,22 @@ def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, 
 
 
 def test_two_builds_that_end_alike_are_certified_and_others_are_not(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    """The commit used to be the one that this checkout had at the end, and B another than A where somebody committed meanwhile."""
+    git(project, "commit", "--quiet", "--allow-empty", "--message", "first")
+    commit = certify.head(project)
     assert certified(monkeypatch, project, a={"models/base": "11"}, b={"models/base": "11"})
-    assert "1 of 1 digests equal, profile smoke" in (project / "var/certificate.md").read_text()
+    assert f"1 of 1 digests equal, profile smoke, commit {commit}. " in (project / "reports/certificate.md").read_text()
     assert not certified(monkeypatch, project, a={"models/base": "11", "index": "22"}, b={"models/base": "33"})
-    rows = json.loads((project / "var/certificate.json").read_text())["rows"]
+    rows = json.loads((project / "reports/certificate.json").read_text())["rows"]
     assert [(row["bundle"], row["digest in B"], row["equal"]) for row in rows] == [("index", "none", "no"), ("models/base", "33", "no")]
     assert not certified(monkeypatch, project, a={}, b={}), "nothing was built"
+
+
+def test_the_committed_certificate_has_no_digest_that_differs() -> None:
+    """As README says."""
+    rows = json.loads((ROOT / "reports/certificate.json").read_text())["rows"]
+    assert len(rows) > 20
+    assert not [row["bundle"] for row in rows if row["equal"] != "yes"]
 
 
 def test_a_build_of_certify_shows_its_nodes_and_ends_in_the_lines_that_were_said_last(tmp_path: Path) -> None:
@@ -143,6 +156,8 @@ def test_what_a_fetched_is_there_for_b(tmp_path: Path) -> None:
     for place, name in (("checkout", "text.gz"), ("a", "text.gz"), ("a", "model.whl"), ("a", "notes.txt")):
         (tmp_path / place / "pin").mkdir(parents=True, exist_ok=True)
         (tmp_path / place / "pin" / name).write_text(place)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/model.whl").symlink_to(tmp_path / "gone")
     mirror = certify.collected(tmp_path / "checkout", tmp_path / "mirror")
     certify.collected(tmp_path / "a", mirror)
     assert {path.name: path.read_text() for path in mirror.iterdir()} == {"text.gz": "checkout", "model.whl": "a"}
