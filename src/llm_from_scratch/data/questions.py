@@ -26,6 +26,7 @@ class Question:
     passage: str
     document: str
     topic: str
+    title: str
 
 
 def questions(
@@ -62,4 +63,5 @@ def _question(entry: Document, descriptions: list[str], choices: int, seed: int,
         passage=passage(entry.text, characters),
         document=entry.id,
         topic=entry.topic,
+        title=entry.title,
     )

@@ -133,12 +133,12 @@ def passages_for(
     if condition == "none":
         return [[] for _ in questions]
     if condition == "random":
-        return [[text] for text in _strangers(questions, params.seed)]
+        return [[form.told(other.title, other.passage)] for other in _strangers(questions, params.seed)]
     if condition == "oracle":
-        return [[question.passage] for question in questions]
+        return [[form.told(question.title, question.passage)] for question in questions]
     if condition == "retrieved":
         found = index.search_all([question.question for question in questions], params.passages)
-        return [form.told(hits) for hits in found]
+        return [[form.told(hit.passage.title, hit.passage.text) for hit in hits] for hits in found]
     raise ValueError(f"no condition '{condition}'; there is {', '.join(CONDITIONS)}")
 
 
@@ -279,14 +279,14 @@ def _greedy(forward: Forward, slots: SlotCache, after: Tensor, most: int, ends: 
     return written
 
 
-def _strangers(questions: Sequence[Question], seed: int) -> list[str]:
-    """For each question the passage of the next one about another document, in a random order of all."""
+def _strangers(questions: Sequence[Question], seed: int) -> list[Question]:
+    """For each question the next one about another document, in a random order of all."""
     order = np.random.default_rng(seed).permutation(len(questions)).tolist()
-    chosen: dict[int, str] = {}
+    chosen: dict[int, Question] = {}
     for turn, place in enumerate(order):
         others = (questions[other] for other in order[turn + 1 :] + order[:turn])
         stranger = next((other for other in others if other.document != questions[place].document), None)
         if stranger is None:
             raise ValueError("random passages come from other documents, but all questions are about one; ask about two or more")
-        chosen[place] = stranger.passage
+        chosen[place] = stranger
     return [chosen[place] for place in range(len(questions))]
