@@ -80,7 +80,7 @@ def questions() -> list[Question]:
     for place, name in enumerate(names):
         choices = [FACTS[names[(place + step) % len(names)]] for step in range(4)]
         choices = choices[place % 4 :] + choices[: place % 4]
-        made.append(Question(name, f"What is {name}?", FACTS[name], tuple(choices), passage_of(name), name, "Things", name))
+        made.append(Question(name, f"What is {name}?", FACTS[name], tuple(choices), passage_of(name), name, "Things"))
     return made
 
 
@@ -204,7 +204,7 @@ def test_each_condition_puts_its_own_passage_before_the_question(index: Index) -
     asked = questions()
     assert passages_for("none", asked, index, PARAMS) == [[]] * 6
     assert passages_for("oracle", asked, index, PARAMS) == [[question.passage] for question in asked]
-    assert passages_for("oracle", asked, index, PARAMS, NUMBERED) == [[f"{question.title}: {question.passage}"] for question in asked]
+    assert passages_for("oracle", asked, index, PARAMS, NUMBERED) == [[f"{question.document}: {question.passage}"] for question in asked]
 
     found = passages_for("retrieved", asked, index, PARAMS)
     assert found == [[index.search(question.question, 1)[0].passage.text] for question in asked]

@@ -188,7 +188,7 @@ def test_one_token_that_differs_is_not_exact(words: CharTokenizer) -> None:
 
 
 def asked(topic: str, right: int) -> Question:
-    return Question("q", "What?", "abcd"[right], tuple("abcd"), "", "d", topic, "D")
+    return Question("q", "What?", "abcd"[right], tuple("abcd"), "", "d", topic)
 
 
 def test_how_sure_is_the_softmax_of_what_it_chose_by() -> None:
@@ -223,7 +223,7 @@ def test_accuracy_by_field_has_the_weakest_first_and_both_conditions() -> None:
 def test_the_limits_of_search_are_those_of_its_ranks(tmp_path: Path) -> None:
     index: Index = tiny_index(tmp_path / "index", Embedder.open(tiny_embedder(tmp_path / "embedder")))
     questions = [
-        Question("", f"What is {text.split()[1]}?", "runs to the sea", (), "", f"Q{place}", "AB"[place % 2], "")
+        Question("", f"What is {text.split()[1]}?", "runs to the sea", (), "", f"Q{place}", "AB"[place % 2])
         for place, text in enumerate(TEXTS)
     ]
     found = search_limits(index, questions)

@@ -26,7 +26,6 @@ class Question:
     passage: str
     document: str
     topic: str
-    title: str
 
 
 def questions(
@@ -63,5 +62,4 @@ def _question(entry: Document, descriptions: list[str], choices: int, seed: int,
         passage=passage(entry.text, characters),
         document=entry.id,
         topic=entry.topic,
-        title=entry.title,
     )

@@ -129,13 +129,16 @@ def rank_means(ranks: Sequence[int]) -> dict[str, float]:
 def passages_for(
     condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams, form: Form = TRAINED
 ) -> list[list[str]]:
-    """What is put before each question, best first. A random passage is another question's, so it is of the same making."""
+    """What is put before each question, best first. A random passage is another question's, so it is of the same making.
+
+    All are told as the retrieved ones; a document that is not in the index goes by its id there.
+    """
     if condition == "none":
         return [[] for _ in questions]
-    if condition == "random":
-        return [[form.told(other.title, other.passage)] for other in _strangers(questions, params.seed)]
-    if condition == "oracle":
-        return [[form.told(question.title, question.passage)] for question in questions]
+    if condition in ("random", "oracle"):
+        titles = {passage.document: passage.title for passage in index.passages}
+        right = questions if condition == "oracle" else _strangers(questions, params.seed)
+        return [[form.told(titles.get(each.document, each.document), each.passage)] for each in right]
     if condition == "retrieved":
         found = index.search_all([question.question for question in questions], params.passages)
         return [[form.told(hit.passage.title, hit.passage.text) for hit in hits] for hits in found]
