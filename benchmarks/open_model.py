@@ -39,7 +39,7 @@ DRAFT, SCORED, CONTEXT = 4, 2048, 256
 """Tokens written ahead; tokens of held-out text, and what a window of it shows."""
 LLAMA_CPP = {"llama.cpp, F16": "f16", "llama.cpp, Q8_0": "q8_0"}
 TOY = LlamaParams(
-    architecture="llama", context=128, width=64, layers=2, heads=4, kv_heads=2, hidden=128, rope_theta=10000.0, qk_norm=False, copying=0.0
+    architecture="llama", context=2048, width=64, layers=2, heads=4, kv_heads=2, hidden=128, rope_theta=10000.0, qk_norm=False, copying=0.0
 )
 
 Run = tuple[list[int], float]

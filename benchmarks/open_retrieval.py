@@ -51,8 +51,10 @@ NOTES = [
     "`random` is the passage of another question, which shows what length and style do; `oracle` the right one, which is the most that "
     "search could give; `retrieved` what our index finds for the question, among it the passages of these entries.",
     "How an imported model's prompt is put was tried on entries of the training split, which none of the other rows ask about; the "
-    "form with the highest accuracy there asks the rest. `numbered` is the form of /ask: numbered sources in a system message with "
-    "instructions. `system` is the passage alone as the system message, `asked` the passage and then the question in the user's.",
+    "form with the highest accuracy there, with the right passage, asks the rest. `numbered` is the form of /ask: instructions, two worked "
+    "examples as turns that went before, then the numbered sources and the question; with no passage the examples have none either. `told` "
+    "is the same without the examples. `system` is the passage alone as the system message, `asked` the passage and then the question in "
+    "the user's.",
 ]
 
 
@@ -125,7 +127,18 @@ def asked_messages(question: str, sources: Sequence[str]) -> list[Message]:
     return [{"role": "user", "content": f"{read}{question} Answer in a few words."}]
 
 
-FORMS = {"numbered": NUMBERED, "system": TRAINED, "asked": Form(asked_messages, TRAINED.told, TRAINED.shared_characters)}
+def told_messages(question: str, sources: Sequence[str]) -> list[Message]:
+    """The instructions and the question, and no examples between them."""
+    instructions, *_, asked = NUMBERED.messages(question, sources)
+    return [instructions, asked]
+
+
+FORMS = {
+    "numbered": NUMBERED,
+    "told": Form(told_messages, NUMBERED.told, NUMBERED.shared_characters),
+    "system": TRAINED,
+    "asked": Form(asked_messages, TRAINED.told, TRAINED.shared_characters),
+}
 
 
 def main() -> None:
@@ -153,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     models = [Path("artifacts/models/smollm2"), Path("artifacts/models/sft")]
     made.add_argument("--models", type=Path, nargs="+", default=models, metavar="FOLDER", help="bundles to ask")
     made.add_argument("--questions", type=int, default=500, help="of the held-out entries")
-    made.add_argument("--tried", type=int, default=48, help="of other entries, to try forms of prompts on")
+    made.add_argument("--tried", type=int, default=96, help="of other entries, to try forms of prompts on")
     made.add_argument("--keep", type=Path, metavar="FILE", help="every reply, so that a run that was stopped goes on")
     made.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
     return made

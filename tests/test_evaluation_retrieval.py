@@ -38,7 +38,7 @@ from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
 from llm_from_scratch.retrieval.passages import Passage
-from llm_from_scratch.retrieval.rag import fit_passages, prompt_tokens
+from llm_from_scratch.retrieval.rag import NUMBERED, fit_passages, prompt_tokens
 from llm_from_scratch.tokenizer import CharTokenizer, train_char
 from llm_from_scratch.tokenizer.chat import render
 
@@ -213,6 +213,7 @@ def test_each_condition_puts_its_own_passage_before_the_question(index: Index) -
     asked = questions()
     assert passages_for("none", asked, index, PARAMS) == [[]] * 6
     assert passages_for("oracle", asked, index, PARAMS) == [[question.passage] for question in asked]
+    assert passages_for("oracle", asked, index, PARAMS, NUMBERED) == [[f"{question.document}: {question.passage}"] for question in asked]
 
     found = passages_for("retrieved", asked, index, PARAMS)
     assert found == [[index.search(question.question, 1)[0].passage.text] for question in asked]

@@ -23,6 +23,7 @@ from llm_from_scratch.retrieval.grounding import checked, settled, support
 from llm_from_scratch.retrieval.index import Index, IndexParams
 from llm_from_scratch.retrieval.passages import Passage
 from llm_from_scratch.retrieval.rag import (
+    EXAMPLES,
     INSTRUCTION,
     NOT_FOUND,
     NUMBERED,
@@ -193,21 +194,34 @@ def test_only_what_a_filter_lets_pass_is_read(index: Index, tokenizer: CharToken
     assert {cited.document for cited in given.citations} == {"cat", "nile"}
 
 
-def test_a_model_that_follows_instructions_gets_numbered_sources_and_is_told_how_to_use_them(
+def test_a_model_that_follows_instructions_is_told_how_to_use_numbered_sources_and_shown_it(
     index: Index, imported: ImportedTokenizer, tokenizer: CharTokenizer
 ) -> None:
     assert form_of(tokenizer) is TRAINED
     assert form_of(imported) is NUMBERED
     engine = Says("A star [1].", imported)
     given = answer(engine, index, "What is the Sun?", 2, GREEDY)
-    [system, user] = engine.asked[0]
+    system, *examples, user = engine.asked[0]
     first, second = index.search("What is the Sun?", 2)
-    assert system == {
-        "role": "system",
-        "content": f"{INSTRUCTION}\n\n[1] {first.passage.title}: {first.passage.text}\n[2] {second.passage.title}: {second.passage.text}",
-    }
-    assert user == {"role": "user", "content": "What is the Sun?"}
+    assert system == {"role": "system", "content": INSTRUCTION}
+    assert examples[:2] == [
+        {"role": "user", "content": f"Sources:\n[1] {EXAMPLES[0][1]}\n\nQuestion: {EXAMPLES[0][0]}"},
+        {"role": "assistant", "content": EXAMPLES[0][2]},
+    ]
+    sources = f"[1] {first.passage.title}: {first.passage.text}\n[2] {second.passage.title}: {second.passage.text}"
+    assert user == {"role": "user", "content": f"Sources:\n{sources}\n\nQuestion: What is the Sun?"}
     assert [(cited.number, cited.text) for cited in given.citations] == [(1, first.passage.text)]
+
+
+def test_without_sources_the_same_is_said_and_shown_without_any() -> None:
+    read, unread = numbered_messages("What is the Sun?", ["Sun: A star."]), numbered_messages("What is the Sun?", [])
+    assert [message["role"] for message in read] == [message["role"] for message in unread]
+    assert unread == [{**message, "content": message["content"].rpartition("\n\n")[2]} for message in read]
+
+
+@pytest.mark.parametrize(("question", "source", "answered"), EXAMPLES)
+def test_what_an_example_answers_its_source_says(question: str, source: str, answered: str) -> None:
+    assert checked(answered, question, [source], least=0.5) == (answered, [1])
 
 
 # What was retrieved stays text
@@ -224,7 +238,8 @@ def test_whatever_a_passage_says_it_opens_no_role_and_closes_no_turn(
 
     def turns(passages: list[str]) -> list[int]:
         messages = form.messages("What is the moon?", passages)
-        assert [message["role"] for message in messages] == ["system", "user"]
+        holds = [message["role"] for message in messages if passages[0][:8].strip() in message["content"]]
+        assert holds == ["system" if form is TRAINED else "user"]
         ids, _ = render(messages, reader, prompt=True)
         return [token for token in ids if token in control]
 
@@ -234,11 +249,12 @@ def test_whatever_a_passage_says_it_opens_no_role_and_closes_no_turn(
 
 @pytest.mark.parametrize("text", INJECTED)
 def test_a_source_is_one_line_and_numbers_no_other(text: str) -> None:
-    [system, _] = numbered_messages("What is the moon?", [text, "Moon: a rock."])
-    lines = system["content"].splitlines()
-    assert lines[:2] == [INSTRUCTION, ""]
-    assert [line[:3] for line in lines[2:]] == ["[1]", "[2]"]
-    assert "".join(lines[2:]).count("[") == 2
+    *before, user = numbered_messages("What is the moon?", [text, "Moon: a rock."])
+    lines = user["content"].splitlines()
+    assert [lines[0], *lines[3:]] == ["Sources:", "", "Question: What is the moon?"]
+    assert [line[:3] for line in lines[1:3]] == ["[1]", "[2]"]
+    assert "".join(lines[1:3]).count("[") == 2
+    assert before == numbered_messages("Any?", ["Another."])[:-1]
 
 
 def test_an_injected_passage_goes_through_the_whole_of_an_answer(tmp_path: Path, embedder: Embedder, tokenizer: CharTokenizer) -> None:

@@ -127,16 +127,19 @@ def rank_means(ranks: Sequence[int]) -> dict[str, float]:
 def passages_for(
     condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams, form: Form = TRAINED
 ) -> list[list[str]]:
-    """What is put before each question, best first. A random passage is another question's, so it is of the same making."""
+    """What is put before each question, best first. A random passage is another question's, so it is of the same making.
+
+    All are told as the retrieved ones; a document that is not in the index goes by its id there.
+    """
     if condition == "none":
         return [[] for _ in questions]
-    if condition == "random":
-        return [[text] for text in _strangers(questions, params.seed)]
-    if condition == "oracle":
-        return [[question.passage] for question in questions]
+    if condition in ("random", "oracle"):
+        titles = {passage.document: passage.title for passage in index.passages}
+        right = questions if condition == "oracle" else _strangers(questions, params.seed)
+        return [[form.told(titles.get(each.document, each.document), each.passage)] for each in right]
     if condition == "retrieved":
         found = index.search_all([question.question for question in questions], params.passages)
-        return [form.told(hits) for hits in found]
+        return [[form.told(hit.passage.title, hit.passage.text) for hit in hits] for hits in found]
     raise ValueError(f"no condition '{condition}'; there is {', '.join(CONDITIONS)}")
 
 
@@ -277,14 +280,14 @@ def _greedy(forward: Forward, slots: SlotCache, after: Tensor, most: int, ends: 
     return written
 
 
-def _strangers(questions: Sequence[Question], seed: int) -> list[str]:
-    """For each question the passage of the next one about another document, in a random order of all."""
+def _strangers(questions: Sequence[Question], seed: int) -> list[Question]:
+    """For each question the next one about another document, in a random order of all."""
     order = np.random.default_rng(seed).permutation(len(questions)).tolist()
-    chosen: dict[int, str] = {}
+    chosen: dict[int, Question] = {}
     for turn, place in enumerate(order):
         others = (questions[other] for other in order[turn + 1 :] + order[:turn])
         stranger = next((other for other in others if other.document != questions[place].document), None)
         if stranger is None:
             raise ValueError("random passages come from other documents, but all questions are about one; ask about two or more")
-        chosen[place] = stranger.passage
+        chosen[place] = stranger
     return [chosen[place] for place in range(len(questions))]
