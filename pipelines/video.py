@@ -110,7 +110,8 @@ def video(root: Path, out: Path) -> Path:
                 scene(camera, place)
             camera.stop()
         except Error as error:
-            raise ValueError(f"the scene at {page.url} is not as expected: {' '.join(str(error).split())}; look at it in a browser") from None
+            said = " ".join(str(error).split())
+            raise ValueError(f"the scene at {page.url} is not as expected: {said}; look at it in a browser") from None
         out.parent.mkdir(parents=True, exist_ok=True)
         camera.develop(out)
     if out.stat().st_size > LARGEST_BYTES:
