@@ -37,7 +37,7 @@ def real_server(home: Path) -> Iterator[str]:
     port = free_port()
     address = f"http://127.0.0.1:{port}/api"
     settings = os.environ | server_settings() | {"PREFECT_HOME": str(home), "PREFECT_API_URL": address}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port), "--no-ui"]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
     with (
         running(command, f"{address}/health", log=home / "server.log", environment=settings),
         temporary_settings({PREFECT_API_URL: address, PREFECT_HOME: home}),

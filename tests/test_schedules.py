@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from urllib.request import urlopen
 from uuid import uuid4
 
 import psutil
@@ -336,6 +337,13 @@ def test_the_job_of_a_training_asks_for_cards_and_each_of_its_blanks_has_a_varia
     assert blanks == set(template["variables"]["properties"])
     (container,) = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == container["resources"]["requests"]["nvidia.com/gpu"] == "{{ gpus }}"
+
+
+@pytest.mark.slow
+def test_the_page_of_a_server_asks_the_server_that_it_came_from(prefect_server: str) -> None:
+    """Whichever port that has: by default it would ask port 4200, and show no runs."""
+    with urlopen(prefect_server.removesuffix("api") + "ui-settings", timeout=30) as reply:
+        assert json.load(reply)["api_url"] == "/api"
 
 
 @pytest.mark.slow
