@@ -114,8 +114,9 @@ NOTES = [
     "kinds of numbers, the embedding and head, which stay in float32, and the work around the matrices, which takes equally long in every "
     "row. torch's packed product is vectorized for bfloat16 activations alone: with float32 ones, int8_weight would be slower than fp32.",
     "With sixteen requests each weight that was read is used sixteen times, and with a whole prompt a hundred times: arithmetic takes the "
-    "time there. int8_weight has no less of it than fp32, and its weights to widen first; int8_dynamic multiplies whole numbers, four at a "
-    "time where the processor has VNNI. Without VNNI torch's integer product is a plain loop, and int8_weight is the one to serve.",
+    "time there. int8_weight has no less of it than fp32, and its weights to widen first; int8_dynamic multiplies whole numbers in the "
+    "MLPs, four at a time where the processor has VNNI. Without VNNI torch's integer product is a plain loop, and int8_weight is the one "
+    "to serve.",
     "`loss` is by how much bits per byte rise. The large model has seen few tokens, and weights far from settled forgive rounding; "
     "`loss of base` is the same for the small model that `make repro` trains to the end.",
     "int8 and nf4 are bitsandbytes' own layers in our model. Its nf4 unpacks all weights to float32 at every step, which is why the "

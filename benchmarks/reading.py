@@ -163,8 +163,7 @@ def measured(
     plan = rung.model_copy(update={"evaluate_every": rung.steps, "checkpoint_every": rung.steps})
     fitted = fit(model, batches(recipe, shards, documents, words), next_token, plan, progress=True)
     text = score(model, shards.val[: rung.evaluate_tokens or None], words.token_bytes(), rung.context, rung.batch)
-    # Only conditions without search are asked, so no index is opened.
-    found = question_answering(model, words, None, asked, evaluate, CONDITIONS)  # type: ignore[arg-type]
+    found = question_answering(model, words, None, asked, evaluate, CONDITIONS)
     none, oracle = found["none"], found["oracle"]
     return {
         "steps": rung.steps,

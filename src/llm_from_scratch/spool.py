@@ -106,12 +106,12 @@ def deliver(folder: Path, tell: Tell) -> None:
 
 
 def reason(error: Exception) -> str:
-    """In a line, why a record was not taken; of a server that is not there, what was said first, and not what each library on the way here
-    made of it."""
+    """In a line, why a record was not taken; of a server that is not there, what the system said first, and not what each library on the
+    way here made of it."""
     chain: list[BaseException] = [error]
-    while deeper := chain[-1].__cause__ or chain[-1].__context__:
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) and deeper not in chain:
         chain.append(deeper)
-    first = chain[-1] if any(isinstance(found, OSError) for found in chain) else error
+    first = next((found for found in reversed(chain) if isinstance(found, OSError)), error)
     return f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
 
 

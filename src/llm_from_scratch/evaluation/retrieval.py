@@ -54,7 +54,7 @@ class Reply:
 def question_answering(
     model: nn.Module | NGram,
     tokenizer: Tokenizer,
-    index: Index,
+    index: Index | None,
     questions: Sequence[Question],
     params: EvaluateParams,
     conditions: Sequence[str] = CONDITIONS,
@@ -73,7 +73,7 @@ def question_answering(
 def replies_by_condition(
     model: nn.Module | NGram,
     tokenizer: Tokenizer,
-    index: Index,
+    index: Index | None,
     questions: Sequence[Question],
     params: EvaluateParams,
     conditions: Sequence[str] = CONDITIONS,
@@ -83,7 +83,7 @@ def replies_by_condition(
     """What `model` makes of the questions under each condition.
 
     The question meets its passages as in `form`, or as the model is served. `progress` is told of every prompt done. Raises ValueError for
-    a model that has no cache, or a condition that is none of CONDITIONS.
+    a model that has no cache, or as `passages_for`.
     """
     if isinstance(model, NGram) or not getattr(model, "supports_cache", False):
         raise ValueError(f"{type(model).__name__} keeps no keys and values, so it cannot be asked; ask a gpt or llama rung")
@@ -125,19 +125,22 @@ def rank_means(ranks: Sequence[int]) -> dict[str, float]:
 
 
 def passages_for(
-    condition: str, questions: Sequence[Question], index: Index, params: EvaluateParams, form: Form = TRAINED
+    condition: str, questions: Sequence[Question], index: Index | None, params: EvaluateParams, form: Form = TRAINED
 ) -> list[list[str]]:
     """What is put before each question, best first. A random passage is another question's, so it is of the same making.
 
-    All are told as the retrieved ones; a document that is not in the index goes by its id there.
+    All are told as the retrieved ones; a document that is not in the index goes by its id there. Raises ValueError for a condition that is
+    none of CONDITIONS, and for retrieved ones without an index.
     """
     if condition == "none":
         return [[] for _ in questions]
     if condition in ("random", "oracle"):
-        titles = {passage.document: passage.title for passage in index.passages}
+        titles = {passage.document: passage.title for passage in index.passages} if index else {}
         right = questions if condition == "oracle" else _strangers(questions, params.seed)
         return [[form.told(titles.get(each.document, each.document), each.passage)] for each in right]
     if condition == "retrieved":
+        if index is None:
+            raise ValueError("retrieved passages come from an index; open one, or ask for none, random or oracle")
         found = index.search_all([question.question for question in questions], params.passages)
         return [[form.told(hit.passage.title, hit.passage.text) for hit in hits] for hits in found]
     raise ValueError(f"no condition '{condition}'; there is {', '.join(CONDITIONS)}")

@@ -101,7 +101,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def kernel_of(scheme: Scheme, name: str) -> type[Int8Linear]:
-    """The layer that stands in for the one called `name` in one of our two schemes."""
+    """The layer that stands in for the one called `name` in one of our two schemes; attention's is in bfloat16 (see the module)."""
     return WeightOnly if "attn" in name else KERNELS[scheme]
 
 

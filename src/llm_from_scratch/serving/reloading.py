@@ -2,7 +2,7 @@
 
 The new one is opened beside the old one, which answers meanwhile. What comes after that is the new one's; what has begun ends on the old
 one, which is closed once nobody holds it any more. For that while both are in memory, and never a third: who asks for one has to wait.
-Of what is the same in both, one is in memory (`Responder.open`).
+Of an index, an embedder or a rung that is the same in both, one is in memory (`Responder.open`).
 """
 
 from __future__ import annotations

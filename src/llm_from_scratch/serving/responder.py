@@ -78,13 +78,14 @@ class Responder:
 
     @classmethod
     def open(cls, folder: Path, beside: Responder | None = None) -> Responder:
-        """The responder of a packaged folder; index, embedder and rungs that are the same in `beside`, by digest, are not opened again.
+        """The responder of a packaged folder; of index, embedder and rungs, what is the same in `beside`, by digest, is not opened again.
 
         Raises BundleError as `check_package` does.
         """
         limits, digests = check_package(folder)
         same = {part for part, digest in digests.items() if beside and beside.digests.get(part) == digest}
-        index = beside.index if beside and {INDEX, EMBEDDER} <= same else Index.open(folder / INDEX, SharedEmbedder.open(folder / EMBEDDER))
+        embedder = beside.index.embedder if beside and EMBEDDER in same else SharedEmbedder.open(folder / EMBEDDER)
+        index = beside.index if beside and {INDEX, EMBEDDER} <= same else Index.open(folder / INDEX, embedder)
         rungs = {
             name: beside.rungs[name] if beside and part in same else Engine.open(folder / part, verify=False)
             for part in digests
@@ -212,9 +213,11 @@ class Responder:
             raise unknown_model(found, served)
 
     async def _check_question(self, question: str, new_tokens: int) -> None:
+        """The question is held against what the server takes, and with all that goes around it against what the model reads."""
         reads, tokenizer = self.engine.prompt_limit, self.engine.tokenizer
-        limit = self._prompt_limit if reads is None else min(reads - new_tokens, self._prompt_limit)
-        _check_length(await asyncio.to_thread(prompt_tokens, question, [], tokenizer, form_of(tokenizer)), limit)
+        _check_length(await asyncio.to_thread(prompt_tokens, question, [], tokenizer), self._prompt_limit)
+        if reads is not None:
+            _check_length(await asyncio.to_thread(prompt_tokens, question, [], tokenizer, form_of(tokenizer)), reads - new_tokens)
 
 
 def check_package(folder: Path) -> tuple[ServeParams, dict[str, str]]:
