@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
@@ -41,13 +41,15 @@ from llm_from_scratch.tokenizer.imported import ImportedTokenizer
 from stages.__main__ import read_yaml
 
 ROOT = Path(__file__).parent.parent
-TRIED = ("none", "oracle")
+TRIED, BARE = ("none", "oracle"), "bare question"
 NOTES = [
     "Each question asks what an entry of the encyclopedia is; the choices are its description and three of other entries of its field. "
     "`accuracy` counts the choice with the highest mean log probability a token, as the assistant's whole answer in the model's own chat "
     "template. `F1` and `exact match` are of the text that it writes greedily.",
-    "`lift` is in points above the same questions with no passage, its interval that of the pairs (bootstrap, 95%). `by what it changes` "
+    "`lift` is in points above the same prompt with no passage, its interval that of the pairs (bootstrap, 95%). `by what it changes` "
     "counts the choice whose likelihood the passage raised most.",
+    f"`{BARE}` is the question and nothing else, as a chat without documents puts it to the model, and `above it` is in points above that: "
+    "what retrieval as /ask has it gives in all, passages, instructions and worked examples together.",
     "`random` is the passage of another question, which shows what length and style do; `oracle` the right one, which is the most that "
     "search could give; `retrieved` what our index finds for the question, among it the passages of these entries.",
     "How an imported model's prompt is put was tried on entries of the training split, which none of the other rows ask about; the "
@@ -221,34 +223,49 @@ def rows_of(folder: Path, tried: Task, held_out: Task, journal: Journal, choose:
         best[name] = rows[-1]["accuracy"]
         yield from rows
     form = max(best, key=lambda name: best[name]) if best else served
-    yield from conditions(Asked(folder.name, digest, model, words, form), held_out, CONDITIONS, journal)
+    yield from conditions(Asked(folder.name, digest, model, words, form), held_out, (BARE, *CONDITIONS), journal)
 
 
 def conditions(asked: Asked, task: Task, wanted: Sequence[str], journal: Journal) -> Iterable[dict[str, Any]]:
-    """A row for each condition, `none` the first of them."""
-    found = {condition: asked.replies_to(condition, task, journal) for condition in wanted}
+    """A row for each condition, among them `none`."""
+    bare = replace(asked, form="system")  # which without a passage is the question alone
+    found = {
+        condition: bare.replies_to("none", task, journal) if condition == BARE else asked.replies_to(condition, task, journal)
+        for condition in wanted
+    }
     right = [question.choices.index(question.answer) for question in task.asked]
     credits = {
         name: np.array([credit(reply.scores, place) for reply, place in zip(made, right, strict=True)]) for name, made in found.items()
     }
     for condition, made in found.items():
         means = graded(task.asked, made, task.params.seed, found["none"])
-        gained = credits[condition] - credits["none"]
-        low, high = (100 * end for end in bootstrap_interval(gained, task.params.seed))
+        lift, its_ends = gain(credits, condition, "none", task.params.seed)
+        above, the_ends = gain(credits, condition, BARE, task.params.seed)
         yield {
             "model": asked.name,
             "asked": task.on,
-            "prompt": asked.form,
+            "prompt": "" if condition == BARE else asked.form,
             "passage": condition,
             "accuracy": means["accuracy"],
             "95%": f"{means['accuracy_low']:.3f} … {means['accuracy_high']:.3f}",
-            "lift": 100 * float(gained.mean()),
-            "95% of the lift": f"{low:.1f} … {high:.1f}" if condition != "none" else "",
+            "lift": "" if condition == BARE else lift,
+            "95% of the lift": "" if condition == BARE else its_ends,
+            "above it": above,
+            "95% of that": the_ends,
             "by what it changes": means["accuracy_pmi"],
             "F1": means["f1"],
             "exact match": means["exact_match"],
             "digest": asked.digest,
         }
+
+
+def gain(credits: Mapping[str, np.ndarray], condition: str, base: str, seed: int) -> tuple[float | str, str]:
+    """Points above `base`, and the ends of their 95% interval; nothing where it was not asked, and no interval for what is `base`."""
+    if base not in credits:
+        return "", ""
+    gained = credits[condition] - credits[base]
+    low, high = (100 * end for end in bootstrap_interval(gained, seed))
+    return 100 * float(gained.mean()), f"{low:.1f} … {high:.1f}" if condition != base else ""
 
 
 if __name__ == "__main__":

@@ -224,6 +224,16 @@ def test_each_condition_puts_its_own_passage_before_the_question(index: Index) -
         passages_for("gold", asked, index, PARAMS)
 
 
+def test_a_passage_is_told_by_the_title_in_the_index_and_without_one_by_its_document(index: Index, tmp_path: Path) -> None:
+    asked = questions()[:2]
+    titled = tiny_index(tmp_path / "index", index.embedder, [Passage("Mars#0", "Mars", "The planet Mars", passage_of("Mars"))])
+    told = passages_for("oracle", asked, titled, PARAMS, NUMBERED)
+    assert told == [[f"The planet Mars: {asked[0].passage}"], [f"Nile: {asked[1].passage}"]]
+    assert passages_for("oracle", asked, None, PARAMS) == [[question.passage] for question in asked]
+    with pytest.raises(ValueError, match="retrieved passages come from an index"):
+        passages_for("retrieved", asked, None, PARAMS)
+
+
 def test_a_random_passage_is_another_document_s_and_each_is_used_once(index: Index) -> None:
     asked = questions()
     for seed in range(20):

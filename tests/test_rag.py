@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +36,13 @@ from llm_from_scratch.retrieval.rag import (
     numbered_messages,
     prompt_tokens,
 )
+from llm_from_scratch.serving.errors import ApiError
+from llm_from_scratch.serving.responder import Responder
 from llm_from_scratch.tokenizer import CharTokenizer, train_char
 from llm_from_scratch.tokenizer.base import SPECIAL
 from llm_from_scratch.tokenizer.chat import render
 from llm_from_scratch.tokenizer.imported import ImportedTokenizer
+from tests.tiny import tiny_limits
 
 PASSAGES = [
     Passage("cat#0", "cat", "Cat", "The cat is a small animal that purrs and eats mice."),
@@ -459,3 +463,21 @@ def test_the_command_adds_a_folder_and_removes_documents_into_a_new_index(folder
     assert bundle.verify(tmp_path / "var/index").digest == manifest.digest
     [passage] = [each for each in index.passages if each.document == "dog"]
     assert replace(passage, metadata={}) == PASSAGES[1]
+
+
+def test_the_worked_examples_do_not_count_as_what_somebody_asked(index: Index, imported: ImportedTokenizer) -> None:
+    limits = tiny_limits(maximum_prompt_tokens=100, default_new_tokens=4)
+    responder, narrow = (Responder(engine_of(imported, context), index, limits, "fp_test") for context in (2048, 300))
+
+    async def asked(by: Responder, question: str) -> None:
+        try:
+            (await by.ask(question)).stop()
+        finally:
+            await by.lane.idle()
+            by.close()
+
+    asyncio.run(asked(responder, "What is a cat?"))
+    with pytest.raises(ApiError, match=r"no more than 100 are read"):
+        asyncio.run(asked(responder, f"What is a {100 * 'x'}?"))
+    with pytest.raises(ApiError, match=r"no more than 296 are read"):  # what the model reads, with all that goes around a question
+        asyncio.run(asked(narrow, "What is a cat?"))

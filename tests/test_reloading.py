@@ -32,7 +32,7 @@ from llm_from_scratch.serving.embedding import SharedEmbedder
 from llm_from_scratch.serving.metrics import PrometheusMeter
 from llm_from_scratch.serving.reloading import Served
 from llm_from_scratch.serving.responder import EMBEDDER, INDEX, MODEL, RUNGS, SERVING, Responder
-from tests.tiny import tiny_embedder, tiny_index, tiny_limits, tiny_model
+from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model
 
 LONG = 3000  # tokens: seconds of work
 LIMITS = tiny_limits(slots=4, maximum_waiting=32, maximum_new_tokens=LONG)
@@ -136,26 +136,30 @@ def test_what_a_reload_does_not_change_is_not_opened_a_second_time(tmp_path: Pat
     """Each reload took the memory of another index and embedder until the old ones were gone, and the heap kept that size."""
     embedders = [SharedEmbedder.open(tiny_embedder(tmp_path / f"embedder_{seed}", seed)) for seed in (0, 1)]
     for number, embedder in enumerate(embedders):
-        tiny_index(tmp_path / f"index_{number}", embedder)
+        tiny_index(tmp_path / f"index_{number}{number}", embedder)
+    tiny_index(tmp_path / "index_10", embedders[0], SENTENCES[::-1])
     for seed, name in enumerate("abc"):
         tiny_model(tmp_path / name, seed)
 
-    def packaged(model: str, number: int, rung: str) -> Path:
-        parts = {MODEL: model, INDEX: f"index_{number}", EMBEDDER: f"embedder_{number}", f"{RUNGS}/gpt": rung}
-        folder = tmp_path / f"{model}_{number}_{rung}"
+    def packaged(model: str, index: str, rung: str) -> Path:
+        parts = {MODEL: model, INDEX: f"index_{index}", EMBEDDER: f"embedder_{index[1]}", f"{RUNGS}/gpt": rung}
+        folder = tmp_path / f"{model}_{index}_{rung}"
         for part, source in parts.items():
             shutil.copytree(tmp_path / source, folder / part)
         digests = {part: bundle.read_manifest(folder / part).digest for part in parts}
         (folder / SERVING).write_text(json.dumps({"serve": LIMITS.model_dump(), "digests": digests}), encoding="utf-8")
         return folder
 
-    first = Responder.open(packaged("a", 0, "c"))
-    other_model = Responder.open(packaged("b", 0, "c"), first)
-    other_index = Responder.open(packaged("b", 1, "a"), other_model)
+    first = Responder.open(packaged("a", "00", "c"))
+    other_model = Responder.open(packaged("b", "00", "c"), first)
+    more_documents = Responder.open(packaged("b", "10", "c"), other_model)
+    other_index = Responder.open(packaged("b", "11", "a"), more_documents)
 
     assert other_model.engine is not first.engine
     assert other_model.index is first.index
     assert other_model.rungs["gpt"] is first.rungs["gpt"]
+    assert more_documents.index is not first.index
+    assert more_documents.index.embedder is first.index.embedder
     assert other_index.index is not other_model.index
     assert other_index.index.embedder.digest == embedders[1].digest
     assert other_index.rungs["gpt"] is not other_model.rungs["gpt"]

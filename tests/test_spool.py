@@ -144,3 +144,20 @@ def test_without_a_folder_what_is_not_taken_is_dropped(tmp_path: Path) -> None:
     run.close()
     assert [n for _, n in store.told] == [1]
     assert len(heard) == 1
+
+
+def test_the_reason_is_what_the_system_said_and_not_what_failed_beside_it() -> None:
+    """A refused connection that is met while a cache is found empty; and an error that is its own cause."""
+    try:
+        try:
+            {}["session"]
+        except KeyError:
+            raise ConnectionRefusedError("nobody listens")
+    except OSError as refused:
+        wrapped = RuntimeError("too many retries")
+        wrapped.__cause__ = refused
+    assert spool.reason(wrapped) == "ConnectionRefusedError: nobody listens"
+
+    alone = ValueError("no such\nexperiment")
+    alone.__cause__ = alone
+    assert spool.reason(alone) == "ValueError: no such experiment"

@@ -96,7 +96,7 @@ def test_a_store_that_cannot_be_written_does_not_stop_the_work(tmp_path: Path) -
 def test_of_a_server_that_is_not_there_the_first_word_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """It used to be the last library's account, cut off before its reason."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking.connect("http://127.0.0.1:9", "tuesday", "", {})
+    tracking.connect("http://anna:secret@127.0.0.1:9", "tuesday", "", {})  # a password is nobody's to read in a log
     said = r"^MLflow at http://127.0.0.1:9 did not take this \(ConnectionRefusedError: \S+ 111. Connection refused\); the build goes on"
     with pytest.warns(UserWarning, match=said), tracking.stage_run("train", "gpt", {}):
         pass
