@@ -152,7 +152,7 @@ def test_the_reason_is_what_the_system_said_and_not_what_failed_beside_it() -> N
         try:
             {}["session"]
         except KeyError:
-            raise ConnectionRefusedError("nobody listens")
+            raise ConnectionRefusedError("nobody listens") from None
     except OSError as refused:
         wrapped = RuntimeError("too many retries")
         wrapped.__cause__ = refused

@@ -133,4 +133,5 @@ class Dynamic(Int8Linear):
 
 
 KERNELS: dict[str, type[Int8Linear]] = {"int8_weight": WeightOnly, "int8_dynamic": Dynamic}
-"""Scheme to layer; which of them has which, `quantize.kernel_of` says. The scheme `int8` is bitsandbytes' own layer over the same tensors."""
+"""Scheme to layer; `quantize.kernel_of` says which layer of a model has which. The scheme `int8` is bitsandbytes' own layer over the same
+tensors."""
