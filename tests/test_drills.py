@@ -119,6 +119,15 @@ def test_what_never_came_into_dvcs_cache_is_missed_and_dvc_commit_puts_it_there(
     assert fsck.absent(project) == []
 
 
+@pytest.mark.slow
+def test_a_folder_whose_list_of_files_is_cut_short_is_not_whole(project: Path) -> None:
+    """It used to be an error, after the champions had moved, in place of the lines on them."""
+    (listing,) = (project / ".dvc/cache/files/md5").glob("??/*.dir")
+    listing.chmod(0o644)
+    listing.write_bytes(listing.read_bytes()[:-1])
+    assert "1 of 1 outputs are not whole" in fsck.absent(project)[0]
+
+
 def object_of(project: Path, text: str) -> Path:
     (found,) = (path for path in (project / ".dvc/cache/files/md5").glob("??/*") if path.read_text() == text)
     return found

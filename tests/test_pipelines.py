@@ -296,6 +296,17 @@ def test_what_is_promoted_carries_the_commit_of_its_code(toy: Path, monkeypatch:
         promote.promote(toy)
 
 
+def test_nothing_is_promoted_where_dvc_cannot_say_where_its_cache_is(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked last, and its error used to take the place of the lines on what had become champion."""
+    write_verdict(toy)
+    (toy / "dvc.lock").write_text(json.dumps({"stages": {"a": {"outs": [{"path": "artifacts/a", "md5": "11"}]}}}))
+    (toy / ".dvc/config").write_text("[no section")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy}/mlflow.db")
+    with pytest.raises(ValueError, match=r"^dvc cache: "):
+        promote.promote(toy)
+    assert registry.champion_of("tiny") is None
+
+
 def test_a_registry_that_cannot_be_read_is_one_line(toy: Path) -> None:
     write_verdict(toy)
     (toy / "mlflow.db").write_bytes(b"this is no database" * 100)
