@@ -33,7 +33,7 @@ def disk_full(ground: Ground) -> Outcome:
 
 def cache_full(ground: Ground) -> Outcome:
     """DVC's cache lies on a disk that fills up after a node has done its work; then there is room. DVC says so, and ends as if all were
-    well; fsck and promote see what is not there."""
+    well; fsck sees what is not there."""
     node, folder = "train@gpt", "models/gpt"
     with ground.copy() as clone, filled(clone, ".dvc/cache", node) as (_, said):
         line_with(clone.must("python", "-m", "pipelines", "fsck"), "not whole in DVC's cache")

@@ -10,20 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import requests
-
 from drills.ground import Ground, Outcome, line_with, repro
+from pipelines.servers import free_port, running
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 FIRST, NEXT = "train@bigram", "train@mlp"
 """The node whose log has to wait, and the one after it, with which it is delivered."""
-STARTING = 180  # seconds that a server may take on a busy machine
+REACHING = 180  # seconds until a node on a busy machine has a run in MLflow
 DELAY = 2.0  # seconds that the slow one takes for each request
 
 
@@ -108,41 +107,21 @@ def runs(port: int) -> dict[str, Run]:
     return {str(run.info.run_name): run for run in client.search_runs(experiments)}
 
 
-@contextmanager
-def mlflow(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A real server on sqlite, ended with all its processes."""
+def mlflow(folder: Path, port: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """A real server on sqlite."""
     (folder / "var").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/var/mlflow.db", "--workers", "1"]
-    with (folder / "var/mlflow.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return requests.get(url, timeout=5).ok
-    except requests.RequestException:
-        return False
+    store = f"sqlite:///{folder}/var/mlflow.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    settings = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return running(command, f"http://127.0.0.1:{port}/health", log=folder / "var/mlflow.log", environment=settings, folder=folder)
 
 
 def wait_for(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + STARTING
+    deadline = time.monotonic() + REACHING
     while not done():
         if time.monotonic() > deadline:
-            raise RuntimeError(f"nothing came of it in {STARTING} s")
+            raise RuntimeError(f"nothing came of it in {REACHING} s")
         time.sleep(0.1)
 
 
@@ -178,8 +157,3 @@ def pour(source: socket.socket, sink: socket.socket, delay: float) -> None:
     finally:
         for end in (source, sink):
             end.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

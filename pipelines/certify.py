@@ -76,24 +76,26 @@ def grow(root: Path, clone: Path, profile: str, mirror: Path, say: Callable[[str
             starts[node[1]] = time.monotonic()
             say(node[1])
 
-    subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+    run(root, mirror, "git", "clone", "--quiet", str(root), str(clone))
     run(clone, mirror, sys.executable, "-m", "pipelines", "experiment", profile, heard=heard)
     ends = [*list(starts.values())[1:], time.monotonic()]
     return {node: end - start for (node, start), end in zip(starts.items(), ends, strict=True)}
 
 
-def run(clone: Path, mirror: Path, *command: str, heard: Callable[[str], None] = lambda line: None) -> None:
-    """A command in a clone; `heard` gets its lines as they come. Raises ValueError with the last of them where it fails."""
+def run(folder: Path, mirror: Path, *command: str, heard: Callable[[str], None] = lambda line: None) -> None:
+    """A command in a clone, or in what is cloned; `heard` gets its lines as they come. Raises ValueError with the last of them where it
+    fails."""
     last: deque[str] = deque(maxlen=4)
     with subprocess.Popen(
-        command, cwd=clone, env=environment(clone, mirror), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command, cwd=folder, env=environment(folder, mirror), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         assert process.stdout is not None
         for line in filter(None, map(str.strip, process.stdout)):
             last.append(line)
             heard(line)
     if process.returncode:
-        raise ValueError(f"{' '.join(command[-3:])} ended with {process.returncode}: {' / '.join(last)}")
+        shown = " ".join(command).removeprefix(f"{sys.executable} -m ")
+        raise ValueError(f"{shown} ended with {process.returncode}: {' / '.join(last)}")
 
 
 def environment(clone: Path, mirror: Path) -> dict[str, str]:

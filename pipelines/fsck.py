@@ -44,11 +44,11 @@ def absent(root: Path) -> list[str]:
 
 
 def whole(cache: Path, digest: str) -> bool:
-    """Whether the cache has all that bears this digest; of a folder, all of its files."""
+    """Whether the cache has all that bears this digest; of a folder, its list of files as it was made, and all of them."""
     place = kept(cache, digest)
     if not digest.endswith(".dir") or not place.exists():
         return place.exists()
-    return all(kept(cache, file["md5"]).exists() for file in json.loads(place.read_text(encoding="utf-8")))
+    return md5(place) == named(place) and all(kept(cache, file["md5"]).exists() for file in json.loads(place.read_text(encoding="utf-8")))
 
 
 def objects(cache: Path) -> list[Path]:

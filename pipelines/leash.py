@@ -14,13 +14,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import psutil
 
 GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
+KILL_SECONDS = 10.0
+"""For SIGKILL, again and again: who is seen may have started another since."""
 
 
 def main() -> int:
@@ -39,17 +41,30 @@ def _end_with_input(session: int, cut: threading.Event) -> None:
     while os.read(sys.stdin.fileno(), 1024):
         pass
     cut.set()
-    end, told = time.monotonic() + GRACE_SECONDS, set[psutil.Process]()
-    while (left := _alive(session)) and time.monotonic() < end:
+    end(session)
+
+
+def end(session: int) -> None:
+    """All that a session has: asked to stop, and after the grace killed, until nobody is left."""
+    told = set[psutil.Process]()
+    for left in _left(session, GRACE_SECONDS):
         _send(signal.SIGTERM, set(left) - told)  # once each: a second one may mean more haste
         told.update(left)
+    for left in _left(session, KILL_SECONDS):
+        _send(signal.SIGKILL, left)
+
+
+def _left(session: int, seconds: float) -> Iterator[list[psutil.Process]]:
+    """Those of the session that are alive, each time that one looks, while there are any, and for so long."""
+    until = time.monotonic() + seconds
+    while (alive := _alive(session)) and time.monotonic() < until:
+        yield alive
         time.sleep(0.1)
-    _send(signal.SIGKILL, left)
 
 
 def _send(sent: signal.Signals, processes: Iterable[psutil.Process]) -> None:
     for process in processes:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):  # it has ended, or is not ours to end; the others are
             process.send_signal(sent)
 
 

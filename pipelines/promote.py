@@ -20,7 +20,7 @@ def promote(root: Path) -> list[str]:
     """A line for each model: its version, and whether it became champion; and one where DVC's cache could not bring them back one day. A
     bundle that is registered already stays the version it is.
 
-    Raises ValueError where evaluate has not run, or what it scored is no longer what is here.
+    Raises ValueError where evaluate has not run, what it scored is no longer what is here, or DVC cannot say where its cache is.
     """
     if not connect(root):
         return ["no MLFLOW_TRACKING_URI: nothing registered"]
@@ -28,9 +28,10 @@ def promote(root: Path) -> list[str]:
         raise ValueError(f"no {VERDICT}; dvc repro evaluate writes it")
     tracking.catch_up()
     verdict = json.loads((root / VERDICT).read_text(encoding="utf-8"))
+    missing = absent(root)  # it may raise, and then nothing has moved yet
     lines = [_apply(root, entry, Rule(**verdict["rule"])) for entry in verdict["candidates"]]
     tracking.log_files("report", [root / "reports" / "report.md", root / "reports" / "metrics.json"])
-    return lines + absent(root)
+    return lines + missing
 
 
 def _apply(root: Path, entry: dict, rule: Rule) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -12,11 +14,13 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 
 READY_SECONDS = 300
 """A server may take minutes on a busy machine."""
+LAST_BYTES = 2000
 
 
 def free_port() -> int:
@@ -38,17 +42,17 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server that `command` starts in `folder`, once GET `ready` is answered; in the end it is asked to stop, as `end` has it.
 
-    What it says goes into `log`. Raises ValueError with its last words where it does not come up. It stays in the process group of who
-    started it: what ends that from outside, as a flow's leash does, ends the server too.
+    What it says goes into `log`. Raises ValueError with its last words where it does not come up. It stays in the session of who started
+    it: what ends that from outside, as a flow's leash does, ends the server too. It leads a group of its own, in which its family is found
+    where it has died.
     """
     with log.open("w+b") if log else tempfile.TemporaryFile() as output:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output, process_group=0)
         try:
             until = time.monotonic() + READY_SECONDS
             while not answers(ready):
                 if server.poll() is not None or time.monotonic() > until:
-                    output.seek(0)
-                    raise ValueError(f"nobody answers at {ready}; the server said: {output.read()[-2000:].decode(errors='replace')}")
+                    raise ValueError(f"nobody answers at {ready}; the server said: {_last(output)}")
                 time.sleep(0.2)
             yield server
         finally:
@@ -64,17 +68,27 @@ def answers(url: str) -> bool:
 
 
 def end(server: subprocess.Popen[bytes], patience: float = 0) -> None:
-    """A server and its family, asked to stop where there is patience, and after so many seconds killed.
+    """A server and its family, asked to stop where there is patience, and after so many seconds killed, or where that is broken off.
 
-    BentoML's workers have groups of their own, and would outlive their parent.
+    BentoML's workers have groups of their own, and would outlive their parent. Of a server that has died, the family is its group.
     """
     if server.poll() is None:
         parent = psutil.Process(server.pid)
         family = [parent, *parent.children(recursive=True)]  # the parent first, as it would start them again
-        if patience:
-            server.terminate()
-            family = psutil.wait_procs(family, timeout=patience)[1]
-        for one in family:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
+        try:
+            if patience:
+                server.terminate()
+                psutil.wait_procs(family, timeout=patience)
+        finally:  # a second Ctrl-C is for this process alone
+            for one in family:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
     server.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def _last(output: IO[bytes]) -> str:
+    """What was said last, the place left alone at which the server writes."""
+    size = os.fstat(output.fileno()).st_size
+    return os.pread(output.fileno(), LAST_BYTES, max(0, size - LAST_BYTES)).decode(errors="replace")

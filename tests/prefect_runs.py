@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
+import psutil
 from prefect import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun
@@ -58,6 +59,12 @@ def waited(look: Callable[[], T], seconds: float, complaint: str) -> T:
             return found
         time.sleep(0.2)
     raise AssertionError(f"{complaint} after {seconds} s")
+
+
+def alive(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def project(root: Path, graph: str, **files: str) -> Path:

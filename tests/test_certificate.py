@@ -110,11 +110,12 @@ def test_what_no_node_made_is_not_of_the_rebuild_even_if_damaged(project: Path) 
     assert list(json.loads((project / "reports/digests.json").read_text())["digests"]) == ["models/base", "raw/text"]
 
 
-def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, str]) -> bool:
-    """What certify makes of two builds, A and B, that ended in these digests."""
+def certified(monkeypatch: pytest.MonkeyPatch, root: Path, commits: list[str], **digests: dict[str, str]) -> bool:
+    """What certify makes of two builds, A and B, that ended in these digests; `commits` gets what was built."""
 
     def built(root: Path, clone: Path, profile: str, mirror: Path) -> dict[str, object]:
         git(clone.parent, "clone", "--quiet", str(root), str(clone))
+        commits.append(certify.head(clone))
         if clone.name == "a":
             git(root, "commit", "--quiet", "--allow-empty", "--message", "meanwhile")
         return {"digests": digests[clone.name], "made_on": HERE}
@@ -126,13 +127,14 @@ def certified(monkeypatch: pytest.MonkeyPatch, root: Path, **digests: dict[str, 
 def test_two_builds_that_end_alike_are_certified_and_others_are_not(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
     """The commit used to be the one that this checkout had at the end, and B another than A where somebody committed meanwhile."""
     git(project, "commit", "--quiet", "--allow-empty", "--message", "first")
-    commit = certify.head(project)
-    assert certified(monkeypatch, project, a={"models/base": "11"}, b={"models/base": "11"})
+    commit, built = certify.head(project), list[str]()
+    assert certified(monkeypatch, project, built, a={"models/base": "11"}, b={"models/base": "11"})
+    assert built == [commit, commit]
     assert f"1 of 1 digests equal, profile smoke, commit {commit}. " in (project / "reports/certificate.md").read_text()
-    assert not certified(monkeypatch, project, a={"models/base": "11", "index": "22"}, b={"models/base": "33"})
+    assert not certified(monkeypatch, project, [], a={"models/base": "11", "index": "22"}, b={"models/base": "33"})
     rows = json.loads((project / "reports/certificate.json").read_text())["rows"]
     assert [(row["bundle"], row["digest in B"], row["equal"]) for row in rows] == [("index", "none", "no"), ("models/base", "33", "no")]
-    assert not certified(monkeypatch, project, a={}, b={}), "nothing was built"
+    assert not certified(monkeypatch, project, [], a={}, b={}), "nothing was built"
 
 
 def test_the_committed_certificate_has_no_digest_that_differs() -> None:
@@ -149,6 +151,12 @@ def test_a_build_of_certify_shows_its_nodes_and_ends_in_the_lines_that_were_said
     assert heard == ["one", "two", str(tmp_path / "src")]
     with pytest.raises(ValueError, match=r"ended with 3: no room$"):
         certify.run(tmp_path, tmp_path / "mirror", sys.executable, "-c", "print('no room'); exit(3)")
+
+
+def test_what_cannot_be_cloned_is_said_in_the_words_of_git(tmp_path: Path) -> None:
+    """It used to be a traceback."""
+    with pytest.raises(ValueError, match=rf"^git clone --quiet {tmp_path} {tmp_path}/a ended with 128: .*{tmp_path}"):
+        certify.grow(tmp_path, tmp_path / "a", "smoke", tmp_path / "mirror", print)
 
 
 def test_what_a_fetched_is_there_for_b(tmp_path: Path) -> None:

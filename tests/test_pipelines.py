@@ -22,7 +22,7 @@ from llm_from_scratch.evaluation.promotion import Scores
 from pipelines import __main__ as commands
 from pipelines import bento, dvc, gpu, process, profiles, promote, rebuild, servers, sweep
 from pipelines.graph import parse, touched, walk
-from tests.prefect_runs import artifacts, environment, project, story, tasks, waited
+from tests.prefect_runs import alive, artifacts, environment, project, story, tasks, waited
 
 ROOT = Path(__file__).parent.parent
 
@@ -296,6 +296,17 @@ def test_what_is_promoted_carries_the_commit_of_its_code(toy: Path, monkeypatch:
         promote.promote(toy)
 
 
+def test_nothing_is_promoted_where_dvc_cannot_say_where_its_cache_is(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked last, and its error used to take the place of the lines on what had become champion."""
+    write_verdict(toy)
+    (toy / "dvc.lock").write_text(json.dumps({"stages": {"a": {"outs": [{"path": "artifacts/a", "md5": "11"}]}}}))
+    (toy / ".dvc/config").write_text("[no section")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy}/mlflow.db")
+    with pytest.raises(ValueError, match=r"^dvc cache: "):
+        promote.promote(toy)
+    assert registry.champion_of("tiny") is None
+
+
 def test_a_registry_that_cannot_be_read_is_one_line(toy: Path) -> None:
     write_verdict(toy)
     (toy / "mlflow.db").write_bytes(b"this is no database" * 100)
@@ -349,9 +360,22 @@ def test_a_server_that_does_not_stop_is_killed_with_its_family() -> None:
     worker = "import subprocess, time; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
-        left = psutil.Process(int(server.stdout.readline()))
+        left = int(server.stdout.readline())
         servers.end(server)
-    waited(lambda: not left.is_running() or left.status() == psutil.STATUS_ZOMBIE, 10, "the worker lives on")
+    waited(lambda: not alive(left), 10, "the worker lives on")
+
+
+def test_what_a_server_started_before_it_died_is_ended_too(tmp_path: Path) -> None:
+    """It used to keep the port: of a server that had died by itself nobody looked for the family."""
+    dies = [sys.executable, "-c", "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)"]
+    nobody = f"http://127.0.0.1:{servers.free_port()}"
+    with (
+        pytest.raises(ValueError, match=r"nobody answers at .*; the server said: \d+\n$"),
+        servers.running(dies, nobody, log=tmp_path / "log"),
+    ):
+        pass
+    left = int((tmp_path / "log").read_text())
+    waited(lambda: not alive(left), 10, "its child lives on")
 
 
 def test_a_server_ends_with_the_flow_that_was_killed_while_it_ran(tmp_path: Path) -> None:

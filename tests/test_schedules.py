@@ -32,8 +32,8 @@ from ruamel.yaml import YAML
 
 from llm_from_scratch import bundle
 from llm_from_scratch.evaluation.promotion import Scores
-from pipelines import deploy, flows, gpu, notify, process, rebuild
-from tests.prefect_runs import ROOT, artifacts, environment, project, story, tasks, waited
+from pipelines import deploy, flows, gpu, leash, notify, process, rebuild
+from tests.prefect_runs import ROOT, alive, artifacts, environment, project, story, tasks, waited
 from tests.tiny import tiny_model
 
 GRAPH = """\
@@ -105,12 +105,6 @@ def kill(started: psutil.Process) -> None:
         for victim in (started, *flow_runs):
             victim.kill()
         psutil.wait_procs([started, *flow_runs], timeout=30)
-
-
-def alive(pid: int) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def settled(run: FlowRun, seconds: float = BUSY_SECONDS) -> FlowRun:
@@ -325,6 +319,27 @@ subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 print("started", flush=True)
 time.sleep(60)
 """
+
+
+def test_the_leash_ends_what_was_started_between_its_look_and_its_kill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SIGKILL used to go once to those that were seen, so that such a one kept the card; and one that may not be ended saved all others."""
+    late, ready, send = tmp_path / "late", tmp_path / "ready", psutil.Process.send_signal
+    script = f"trap '' TERM; trap 'sleep 60 & echo $! > {late}.new; mv {late}.new {late}' USR1; touch {ready}; while sleep 0.1; do :; done"
+
+    def slow(process: psutil.Process, sent: signal.Signals) -> None:
+        if sent == signal.SIGTERM:
+            raise psutil.AccessDenied(process.pid)
+        if not late.exists():
+            os.kill(starting.pid, signal.SIGUSR1)
+            waited(late.exists, 10, "nothing was started")
+        send(process, sent)
+
+    monkeypatch.setattr(psutil.Process, "send_signal", slow)
+    monkeypatch.setattr(leash, "GRACE_SECONDS", 0.5)
+    with subprocess.Popen(["bash", "-c", script], start_new_session=True) as starting:
+        waited(ready.exists, 10, "it did not start")
+        leash.end(starting.pid)
+    assert not alive(int(late.read_text()))
 
 
 def kubernetes() -> dict[str, Any]:

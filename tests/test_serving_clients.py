@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -43,6 +42,7 @@ from llm_from_scratch.serving.lane import Job
 from llm_from_scratch.serving.replies import Delta, Reply
 from llm_from_scratch.serving.responder import Responder
 from llm_from_scratch.tokenizer.chat import render
+from pipelines.servers import free_port
 from tests.tiny import SENTENCES, tiny_embedder, tiny_index, tiny_limits, tiny_model
 
 LIMITS = tiny_limits(slots=4, maximum_waiting=32, maximum_choices=8, maximum_prompt_tokens=100, maximum_body_bytes=65536)
@@ -381,9 +381,7 @@ def _counts(thing: object) -> bool:
 def test_at_sigterm_what_runs_is_finished_and_what_comes_is_sent_away(folder: Path) -> None:
     limits = LIMITS.model_copy(update={"slots": 1, "maximum_choices": 1, "maximum_new_tokens": 4000, "default_new_tokens": 8})
     (folder / "limits.json").write_text(limits.model_dump_json(), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "tests.serving_child", str(folder), str(port)], cwd=ROOT)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
