@@ -40,7 +40,8 @@ def absent(root: Path) -> list[str]:
     if not lacking:
         return []
     so = f"{len(lacking)} of {len(outs)} outputs are not whole in DVC's cache, such as {lacking[0]}"
-    return [f"{so}; make room where it is, then dvc commit puts them there, or dvc repro makes them anew"]
+    first = "make room where it is, and let python -m pipelines fsck remove what is damaged"
+    return [f"{so}; {first}; then dvc commit puts them there, or dvc repro makes them anew"]
 
 
 def whole(cache: Path, digest: str) -> bool:
