@@ -48,7 +48,8 @@ def end(session: int) -> None:
     """All that a session has: asked to stop, and after the grace killed, until nobody is left."""
     told = set[psutil.Process]()
     for left in _left(session, GRACE_SECONDS):
-        _send(signal.SIGTERM, set(left) - told)  # once each: a second one may mean more haste
+        # Once each: a second one may mean more haste. Parents first: when its child ends, DVC writes its lock file, and would die over it.
+        _send(signal.SIGTERM, [process for process in left if process not in told])
         told.update(left)
     for left in _left(session, KILL_SECONDS):
         _send(signal.SIGKILL, left)
@@ -69,7 +70,7 @@ def _send(sent: signal.Signals, processes: Iterable[psutil.Process]) -> None:
 
 
 def _alive(session: int) -> list[psutil.Process]:
-    """Those of the session that have not ended; one that nobody has waited for yet has."""
+    """Those of the session that have not ended, the oldest first; one that nobody has waited for yet has."""
     found = []
     for process in psutil.process_iter(["status"]):
         with suppress(ProcessLookupError):

@@ -337,8 +337,11 @@ def test_the_leash_ends_what_was_started_between_its_look_and_its_kill(monkeypat
     monkeypatch.setattr(psutil.Process, "send_signal", slow)
     monkeypatch.setattr(leash, "GRACE_SECONDS", 0.5)
     with subprocess.Popen(["bash", "-c", script], start_new_session=True) as starting:
-        waited(ready.exists, 10, "it did not start")
-        leash.end(starting.pid)
+        try:
+            waited(ready.exists, 10, "it did not start")
+            leash.end(starting.pid)
+        finally:
+            starting.kill()
     assert not alive(int(late.read_text()))
 
 
