@@ -122,7 +122,8 @@ def video(root: Path, out: Path) -> Path:
 def in_the_terminal(camera: Camera, root: Path) -> None:
     """A rebuild with nothing to do, where a model comes from, and a training that is killed and goes on."""
     model = json.loads((root / "reports" / "verdict.json").read_text(encoding="utf-8"))["served"]
-    terminal = Terminal(camera.page, root, os.environ)
+    by_hand = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    terminal = Terminal(camera.page, root, by_hand)
     try:
         rebuilding(camera, terminal)
         asking_whence(camera, terminal, model)
