@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -103,6 +104,11 @@ def deliver(folder: Path, tell: Tell) -> None:
                 waiting.deliver(tell)
             finally:
                 waiting.file.close()
+
+
+def sayable(uri: str) -> str:
+    """The address of a store without a name and a password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def reason(error: Exception) -> str:

@@ -8,7 +8,6 @@ in the spool and is delivered at the next connection.
 from __future__ import annotations
 
 import logging
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from uuid import uuid4
 
 from llm_from_scratch import spool
 from llm_from_scratch.hardware import Readings
-from llm_from_scratch.spool import Patient, Record, Spool, Tell, reason
+from llm_from_scratch.spool import Patient, Record, Spool, Tell, reason, sayable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,11 +47,6 @@ class Connection:
     digests: Mapping[str, str] = field(default_factory=dict)
     spool: Path | None = None
     experiment: str = ""
-
-    @property
-    def place(self) -> str:
-        """The address as it may be said: without a name and a password."""
-        return re.sub(r"//[^/@]*@", "//", self.uri)
 
     def tags(self) -> dict[str, str]:
         named = {"experiment": self.experiment} if self.experiment else {}
@@ -135,7 +129,7 @@ def answering() -> Iterator[MlflowClient]:
     except ValueError:
         raise
     except Exception as error:  # sqlite's, HTTP's or MLflow's own
-        raise ValueError(f"MLflow at {_connection.place}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"MLflow at {sayable(_connection.uri)}: {' '.join(str(error).split())[:200]}") from None
 
 
 def connected() -> Connection:
@@ -266,7 +260,8 @@ class _Run:
         if not self.complained:
             self.complained = True
             then = f"what it missed waits in {_connection.spool} for the next one" if _connection.spool else "what it missed is lost"
-            warnings.warn(f"MLflow at {_connection.place} did not take this ({reason(error)}); the build goes on, and {then}", stacklevel=2)
+            place = sayable(_connection.uri)
+            warnings.warn(f"MLflow at {place} did not take this ({reason(error)}); the build goes on, and {then}", stacklevel=2)
 
 
 def _record(key: str, record: Record) -> None:
@@ -308,7 +303,7 @@ def _attempt(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:  # whatever the store raises (sqlite, HTTP, MLflow): a log may fail, the build may not
-        warnings.warn(f"MLflow at {_connection.place} did not take this ({reason(error)}); the build goes on", stacklevel=2)
+        warnings.warn(f"MLflow at {sayable(_connection.uri)} did not take this ({reason(error)}); the build goes on", stacklevel=2)
 
 
 def _client() -> MlflowClient:
