@@ -11,9 +11,6 @@ from pathlib import Path
 from llm_from_scratch.config import Params
 from llm_from_scratch.report import book, gather, pages
 
-ABOUT_QUESTIONS = "reading.md"
-"""A post that stays as it is where none were asked: documents of one's own have none."""
-
 
 def run(params: Params, name: str, root: Path) -> None:
     metrics = json.loads((root / "reports" / "metrics.json").read_text(encoding="utf-8"))
@@ -25,5 +22,4 @@ def run(params: Params, name: str, root: Path) -> None:
     readme.write_text(filled, encoding="utf-8")
     pages.write_page(root / "SUMMARY.md", "summary.md.j2", values)
     for post in sorted((root / "docs" / "posts").glob("*.md")):
-        if metrics["rag"] or post.name != ABOUT_QUESTIONS:
-            pages.write_page(post, f"posts/{post.name}.j2", values)
+        pages.write_page(post, f"posts/{post.name}.j2", values)
