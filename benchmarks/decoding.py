@@ -67,8 +67,8 @@ NOTES = [
     f"`{STREAM}` writes nothing: it sums as many numbers as the weights that a token needs hold bytes (the embedding counts as the head), "
     "with all threads. No engine that reads every weight for every token is faster, so its `× transformers` is what there is to gain in "
     "fp32 without drafting. In a small model the weights stay in the processor's caches, and the calls are what takes the time.",
-    "int8 takes the linear layers of the blocks, and the head where it is large (`quantize.LARGE_HEAD`). Matrices that stay in a core's "
-    "cache are unpacked to float32 once (see `inference/fused.py`), so in a small model int8 is the same work as fp32.",
+    "int8 takes the linear layers of the blocks, and the head where it is large (`quantize.LARGE_HEAD`). A few tokens' activations are "
+    "multiplied as they are (`inference/kernels.py`); `int8_dynamic` rounds those of the MLPs to 8 bits first.",
     "`requests` come from as many threads and share steps (`Batching(slots=16)`); `× one` is against one request in the same engine.",
     f"`lookup` guesses {LOOKUP} tokens from the text itself, and `repeating` is the same without: one request whose prompt says the same "
     "twice. Its text is the same; how far it repeats depends on the model (untrained ones do so sooner or later).",

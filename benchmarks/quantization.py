@@ -19,8 +19,9 @@ from benchmarks.recipe import PLAN, Recipe
 from llm_from_scratch import bundle, tokenizer
 from llm_from_scratch.data.shards import open_shards
 from llm_from_scratch.evaluation.compare import compare
+from llm_from_scratch.evaluation.latency import batch_latency, prefill, step_seconds
 from llm_from_scratch.evaluation.likelihood import score
-from llm_from_scratch.evaluation.speed import batch_latency, prefill, resident_mb, size_mb, step_seconds
+from llm_from_scratch.evaluation.speed import resident_mb, size_mb
 from llm_from_scratch.inference.quantize import SCHEMES, linear_mb, load_bundle, quantize, save_quantized
 from llm_from_scratch.model import registry
 from llm_from_scratch.model.llama import LlamaParams

@@ -13,8 +13,9 @@ from llm_from_scratch import bundle, progress, tokenizer, tracking
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.shards import Ids, open_shards
 from llm_from_scratch.evaluation.compare import compare
+from llm_from_scratch.evaluation.latency import batch_latency, latency, prefill
 from llm_from_scratch.evaluation.likelihood import score
-from llm_from_scratch.evaluation.speed import batch_latency, latency, prefill, resident_mb, size_mb
+from llm_from_scratch.evaluation.speed import resident_mb, size_mb
 from llm_from_scratch.inference.decoding import context_of
 from llm_from_scratch.inference.quantize import QuantizeParams, linear_mb, load_bundle, quantize, quantized_layers, save_quantized
 from llm_from_scratch.inference.sampling import Sampling, generate

@@ -18,11 +18,11 @@ from llm_from_scratch.bundle import BundleError, load_tensors, save_tensors
 from llm_from_scratch.config import Params
 from llm_from_scratch.data.shards import write_shards
 from llm_from_scratch.evaluation.compare import compare
-from llm_from_scratch.evaluation.speed import batch_latency, latency, prefill, resident_mb, size_mb, step_seconds
+from llm_from_scratch.evaluation.latency import batch_latency, latency, prefill, step_seconds
+from llm_from_scratch.evaluation.speed import resident_mb, size_mb
 from llm_from_scratch.inference import int8
 from llm_from_scratch.inference import quantize as quantizing
 from llm_from_scratch.inference.decoding import decoder
-from llm_from_scratch.inference.fused import forward_of
 from llm_from_scratch.inference.int8 import Dynamic, WeightOnly
 from llm_from_scratch.inference.kv_cache import KVCache
 from llm_from_scratch.inference.quantize import (
@@ -346,14 +346,6 @@ def test_a_copied_head_is_in_no_file_and_is_there_again_after_loading(tmp_path: 
         assert torch.equal(logits_of(again, ids_of(9)), logits_of(quantize(load_model(source), scheme), ids_of(9)))
     theirs = AutoModelForCausalLM.from_pretrained(folders["int8_dynamic"], dtype=torch.float32)
     assert torch.equal(theirs.lm_head.weight, load_model(source).get_parameter("model.embed_tokens.weight"))
-
-
-def test_a_model_that_an_engine_has_packed_is_quantized_to_the_same_bits(shape: str) -> None:
-    """Its weights lie by columns then, and the kernels read rows."""
-    model = trained(shape)
-    before = quantize(model, "int8_dynamic")
-    forward_of(model.requires_grad_(False))
-    assert torch.equal(logits_of(quantize(model, "int8_dynamic"), ids_of(9)), logits_of(before, ids_of(9)))
 
 
 def test_marks_that_peft_asks_for_are_set() -> None:

@@ -29,7 +29,7 @@ from llm_from_scratch.evaluation import EvaluateParams
 from llm_from_scratch.evaluation.generation import exact_match, token_f1
 from llm_from_scratch.evaluation.multiple_choice import UNSCORED, bootstrap_interval, credit
 from llm_from_scratch.inference.decoding import context_of, evaluating
-from llm_from_scratch.inference.fused import Forward, forward_of
+from llm_from_scratch.inference.forward import Forward, forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.model.ngram import NGram
 from llm_from_scratch.retrieval.embed import Progress, quiet
@@ -172,7 +172,7 @@ def replies(
 ) -> list[Reply]:
     """What `model` makes of each prompt, `choices` being token ids that end in <|end|>, as many for every prompt."""
     made: dict[int, Reply] = {}
-    forward = forward_of(model)  # out here, or the weights that it packs could never be trained again
+    forward = forward_of(model)
     ends = frozenset(tokenizer.special.values())
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for places in (order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)):

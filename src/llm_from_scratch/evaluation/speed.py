@@ -1,10 +1,6 @@
-"""How fast a model writes and learns, and how much room it takes.
+"""How fast a model learns, held against what the device could do at most (the share is its MFU), and how much room it takes.
 
-Writing is one token after another: of one request, as a person at a prompt waits for it, or of several in step, which gives each of them
-its tokens later and all of them more a second. Reading is a whole prompt at once (prefill). Learning is held against what the device could
-do at most: the share is its MFU. The numbers hold a clock, so they belong in reports and never in a bundle.
-
-Shapes: B requests, T context, C the width of attention, all its heads together.
+Shapes: T context, C the width of attention, all its heads together.
 """
 
 from __future__ import annotations
@@ -12,19 +8,13 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from llm_from_scratch.inference.decoding import decoder, evaluating
-from llm_from_scratch.inference.kv_cache import KVCache
 from llm_from_scratch.model.gpt import Gpt
 from llm_from_scratch.model.llama import Llama
-from llm_from_scratch.model.ngram import NGram
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -48,61 +38,6 @@ PEAK_TFLOPS = {
 }
 """Dense bf16 with fp32 sums, in 10**12 FLOP/s, from NVIDIA's data sheets; the words are those of the device's name."""
 PROBE_SIDE, PROBES = 1024, 8
-
-
-@dataclass(frozen=True)
-class Latency:
-    """`p50_ms`: half of the steps, a token of each request, took no longer than this many milliseconds. `tok_per_s`: tokens by the time of
-    all of them.
-    """
-
-    p50_ms: float
-    tok_per_s: float
-
-
-def latency(model: nn.Module | NGram, prompt: Sequence[int], tokens: int, repeats: int) -> Latency:
-    """Of `tokens` greedy ones after `prompt`; the median of `repeats`, after one that is not counted (caches, lazy set-up)."""
-    return _middle([step_seconds(model, prompt, tokens) for _ in range(repeats + 1)][1:], tokens)
-
-
-def batch_latency(model: nn.Module, prompt: Sequence[int], tokens: int, repeats: int, batch: int) -> Latency:
-    """The same of `batch` requests in step, all with `prompt`; for a gpt or llama, and within its context.
-
-    Raises ValueError where the prompt and the tokens do not fit the context.
-    """
-    return _middle([batch_step_seconds(model, prompt, tokens, batch) for _ in range(repeats + 1)][1:], batch * tokens)
-
-
-def prefill(model: nn.Module, prompt: Sequence[int], repeats: int) -> float:
-    """Tokens a second of reading `prompt` into an empty cache; the median of `repeats`, after one that is not counted."""
-    return len(prompt) / median([_read(model, prompt, 1, len(prompt))[2] for _ in range(repeats + 1)][1:])
-
-
-def step_seconds(model: nn.Module | NGram, prompt: Sequence[int], tokens: int) -> list[float]:
-    """Seconds of each of `tokens` steps. Reading the prompt is not in it; it grows with the prompt and is paid once."""
-    ids = list(prompt)
-    next_logits = decoder(model, len(ids) + tokens + 1)
-    ids.append(int(next_logits(ids).argmax()))
-    seconds = []
-    for _ in range(tokens):
-        started = time.perf_counter()
-        token = int(next_logits(ids).argmax())
-        seconds.append(time.perf_counter() - started)
-        ids.append(token)
-    return seconds
-
-
-@torch.inference_mode()
-def batch_step_seconds(model: nn.Module, prompt: Sequence[int], tokens: int, batch: int) -> list[float]:
-    """Seconds of each of `tokens` steps of `batch` requests, each of which gets a token from every step."""
-    cache, logits, _ = _read(model, prompt, batch, len(prompt) + tokens)
-    seconds = []
-    for _ in range(tokens):
-        started = time.perf_counter()
-        logits = model(logits[:, -1:].argmax(-1), cache)
-        logits[0, -1, 0].item()  # waits for a card
-        seconds.append(time.perf_counter() - started)
-    return seconds
 
 
 def resident_mb(model: nn.Module) -> float:
@@ -165,23 +100,6 @@ def peak_memory_mb(device: torch.device) -> float:
 
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest / 1e6 if sys.platform == "darwin" else highest * 1024 / 1e6
-
-
-def _middle(runs: Sequence[Sequence[float]], tokens: int) -> Latency:
-    """Of several runs of steps, each of which made `tokens` tokens: the median step of the median run."""
-    return Latency(p50_ms=1000 * median(median(steps) for steps in runs), tok_per_s=tokens / median(sum(steps) for steps in runs))
-
-
-@torch.inference_mode()
-def _read(model: nn.Module, prompt: Sequence[int], batch: int, capacity: int) -> tuple[KVCache, Tensor, float]:
-    """`batch` times `prompt` in an empty cache, the logits (B, T, V) after it, and the seconds that reading took."""
-    cache = KVCache.of(model, capacity, batch)
-    ids = torch.tensor([list(prompt)] * batch, device=next(model.parameters()).device)
-    started = time.perf_counter()
-    with evaluating(model):
-        logits = model(ids, cache)
-    logits[0, -1, 0].item()
-    return cache, logits, time.perf_counter() - started
 
 
 def _probed() -> float:

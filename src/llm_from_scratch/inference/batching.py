@@ -24,19 +24,22 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import monotonic
 
 import torch
 from torch import Tensor, nn
 
-from llm_from_scratch.inference.decoding import context_of, evaluating, number_of_threads
+from llm_from_scratch.inference.decoding import context_of, evaluating
 from llm_from_scratch.inference.draft import Draft
-from llm_from_scratch.inference.fused import forward_of
+from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.lookup import Lookup
 from llm_from_scratch.inference.sampling import Sampling, TokenLogprob, log_probability, pick
 
 Drawn = tuple[int, TokenLogprob | None]
 CLOSED = "the engine was closed; open it again"
+BURST = 0.005
+"""Seconds of steps between which callers are not woken: a small model's step is shorter than it takes to wake sixteen threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class Batcher:
                     continue
                 self._stepping = True
             try:
-                self._step()
+                self._steps()
             finally:
                 with self._changed:
                     self._stepping = False
@@ -202,6 +205,13 @@ class Batcher:
         for slot, request in enumerate(self._slots):
             if request is None and self._waiting:
                 self._slots[slot] = self._waiting.popleft()
+
+    def _steps(self) -> None:
+        """One; where several callers wait, as many as begin within BURST."""
+        end = monotonic() + BURST
+        self._step()
+        while monotonic() < end and sum(request is not None and not request.over for request in self._slots) > 1:
+            self._step()
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -242,8 +252,7 @@ class Batcher:
     def _run(self, ids: list[list[int]], first: int, reading: Collection[int], every: bool) -> Tensor:
         """Logits (B, T, V), or of the last place only, of ids (B, T) in the slots from `first` on."""
         rows = self._cache.rows(first, len(ids), len(ids[0]), reading)
-        with number_of_threads(self.model, len(ids) * len(ids[0])):
-            return self._forward(torch.tensor(ids, device=self._cache.device), rows, every)
+        return self._forward(torch.tensor(ids, device=self._cache.device), rows, every)
 
     def _read_chunk(self, slot: int, request: Request) -> None:
         begin = request.start + self._cache.lengths[slot]

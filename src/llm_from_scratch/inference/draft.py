@@ -5,9 +5,8 @@ of the bytes, and as it is the same model but for a rounding, nearly all that it
 there is written over when the model reads the same tokens (Leviathan et al. 2023; with a quantization as the draft: Zhao et al. 2024,
 QSpec). A draft draws with the numbers that the request would draw with next, so seeded texts are guessed as well as greedy ones.
 
-It pays where the weights do not fit into the caches of the processor: with four tokens ahead SmolLM2-135M writes a fifth faster on two
-cores. With more ahead, a wrong one spoils more work; a small model is bound by the calls, of which drafting makes more. It costs a quarter
-of the model's memory.
+It pays where the weights do not fit into the caches of the processor (benchmarks/open_model.py says by how much). With more tokens ahead, a
+wrong one spoils more work; four in all, the newest and three guesses, are one tile for the kernels. It costs a quarter of the model's memory.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from llm_from_scratch.inference.decoding import number_of_threads
-from llm_from_scratch.inference.fused import forward_of
+from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
-from llm_from_scratch.inference.quantize import Scheme, quantize
+from llm_from_scratch.inference.quantize import quantize
 from llm_from_scratch.inference.sampling import Sampling, pick
 from llm_from_scratch.model.llama import Llama
 
@@ -31,7 +29,7 @@ class Draft:
     def __init__(self, model: nn.Module, cache: SlotCache) -> None:
         if type(model) is not Llama:
             raise ValueError(f"batching.draft: a {type(model).__name__} has no 8-bit copy that is quicker; 0 is off")
-        copy = quantize(model, quickest())
+        copy = quantize(model, "int8_weight")
         assert isinstance(copy, Llama)
         copy.model.embed_tokens = model.model.embed_tokens
         self._model, self._cache, self._forward = copy, cache, forward_of(copy)
@@ -45,18 +43,12 @@ class Draft:
         """
         ahead = torch.Generator().set_state(generator.get_state())
         said, length = list(ids), self._cache.lengths[slot]
-        with number_of_threads(self._model, 1):
-            for _ in range(most):
-                rows = self._cache.rows(slot, 1, 1, [slot])
-                logits = self._forward(torch.tensor([said[-1:]], device=self._cache.device), rows, False)[0, -1]
-                token = pick(logits, sampling, ahead, said, prompt)
-                if token in ends:
-                    break
-                said.append(token)
+        for _ in range(most):
+            rows = self._cache.rows(slot, 1, 1, [slot])
+            logits = self._forward(torch.tensor([said[-1:]], device=self._cache.device), rows, False)[0, -1]
+            token = pick(logits, sampling, ahead, said, prompt)
+            if token in ends:
+                break
+            said.append(token)
         self._cache.lengths[slot] = length
         return said[len(ids) :]
-
-
-def quickest() -> Scheme:
-    """The 8-bit kernel for a token at a time: whole numbers where the processor multiplies them."""
-    return "int8_dynamic" if torch.cpu._is_vnni_supported() else "int8_weight"

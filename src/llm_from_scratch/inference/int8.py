@@ -14,7 +14,8 @@ with VNNI does four at a time (without it, torch has a plain loop: right, and sl
 does not depend on those it is read with, as LLM.int8()'s does. What it lacks is LLM.int8()'s way around outliers: one huge activation
 leaves the others of its token few steps to be told apart by.
 
-Both are for inference: no gradient goes through them.
+A few tokens of a Llama on a CPU go through neither: `kernels` multiplies float32 activations by the same whole numbers, for `Dynamic`
+rounded first. Both are for inference: no gradient goes through them.
 
 Shapes: M tokens, K inputs, N outputs.
 """
@@ -22,7 +23,6 @@ Shapes: M tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -88,16 +88,9 @@ class Int8Linear(nn.Module, ABC):
         product = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x (M, K) times the weights, (M, N)."""
-        return self.sums()(x).mul(self.scale)
-
-    @abstractmethod
-    def sums(self) -> Callable[[Tensor], Tensor]:
-        """x (M, K) to (M, N), where each output is still to be multiplied by its `scale`.
-
-        It holds the tensors of now: a module is asked for them in as much time as a small operation takes.
-        """
 
 
 class WeightOnly(Int8Linear):
@@ -107,29 +100,21 @@ class WeightOnly(Int8Linear):
         super().__init__(weight, largest, bias, stored)
         self.register_buffer("ones", torch.ones_like(self.scale, dtype=torch.bfloat16), persistent=False)
 
-    def sums(self) -> Callable[[Tensor], Tensor]:
-        weight, ones, aligned = self.weight, self.ones, self.in_features % LANES == 0 and self.weight.device.type == "cpu"
-
-        def multiply(x: Tensor) -> Tensor:
-            narrow = x.bfloat16()
-            if len(x) <= FEW and aligned:
-                return torch._weight_int8pack_mm(narrow, weight, ones)  # its own scales would be bfloat16 too
-            return F.linear(narrow.float(), weight.float()).bfloat16()
-
-        return multiply
+    def product(self, x: Tensor) -> Tensor:
+        narrow = x.bfloat16()
+        if len(x) <= FEW and self.in_features % LANES == 0 and self.weight.device.type == "cpu":
+            sums = torch._weight_int8pack_mm(narrow, self.weight, self.ones)  # its own scales would be bfloat16 too
+        else:
+            sums = F.linear(narrow.float(), self.weight.float()).bfloat16()
+        return sums.mul(self.scale)
 
 
 class Dynamic(Int8Linear):
     """The kernel `int8_dynamic`: 8-bit weights, and activations rounded to 8 bits as they come."""
 
-    def sums(self) -> Callable[[Tensor], Tensor]:
-        weight = self.weight.t()
-
-        def multiply(x: Tensor) -> Tensor:
-            step = torch.add(TINY, x.abs().amax(1, True), alpha=1 / STEPS)
-            return torch._int_mm(x.div(step).round_().to(torch.int8), weight).mul(step)
-
-        return multiply
+    def product(self, x: Tensor) -> Tensor:
+        step = torch.add(TINY, x.abs().amax(1, True), alpha=1 / STEPS)
+        return torch._int_mm(x.div(step).round_().to(torch.int8), self.weight.t()).mul(step).mul(self.scale)
 
 
 KERNELS: dict[str, type[Int8Linear]] = {"int8_weight": WeightOnly, "int8_dynamic": Dynamic}

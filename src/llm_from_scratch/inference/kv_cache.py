@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm_from_scratch.model.gpt import GptShape
 from llm_from_scratch.model.llama import LlamaShape
 
+Array = NDArray[Any]
 BLOCK = 64
 """Tokens that attention over slots is rounded up to."""
 
@@ -79,7 +83,8 @@ class KVCache:
 class SlotCache:
     """`slots` texts of up to `capacity` tokens each. `lengths` says how many tokens of each are stored: setting one to 0 frees its slot.
 
-    Keys and values are (L, slots, S, G, D), so that a token's are side by side and are written in one piece.
+    Keys and values of each layer are of one `shape`, (slots, S, G, D), so that a token's are side by side and are written in one piece, and
+    at `addresses` (L, 2).
     """
 
     def __init__(self, model: nn.Module, slots: int, capacity: int) -> None:
@@ -87,9 +92,10 @@ class SlotCache:
         self.slots, self.capacity = slots, capacity
         self.lengths = [0] * slots
         self.room = BLOCK * math.ceil(capacity / BLOCK)
-        shape = (layers, slots, self.room, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
-        self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.shape = (slots, self.room, kv_heads, head_dim)
+        self.keys = torch.zeros((layers, *self.shape), dtype=dtype, device=device).unbind()
+        self.values = torch.zeros((layers, *self.shape), dtype=dtype, device=device).unbind()
+        self.addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in zip(self.keys, self.values, strict=True)])
         self.device, self.dtype = device, dtype
 
     def rows(self, first: int, count: int, tokens: int, reading: Collection[int]) -> SlotRows:
@@ -112,37 +118,56 @@ class SlotRows:
     """Some slots of a SlotCache as a `model.cache.Cache`, for one forward. Index tensors and mask are made once for all layers."""
 
     def __init__(self, cache: SlotCache, first: int, count: int, tokens: int, reading: Collection[int]) -> None:
-        self._cache, self._first, self._count, self._reading = cache, first, count, reading
+        self.cache, self._first, self._count, self._tokens, self._reading = cache, first, count, tokens, reading
         # A row that only fills up writes where its next token will overwrite it; near the end of its slot it must not write beyond.
-        starts = [min(length, cache.capacity - tokens) for length in cache.lengths[first : first + count]]
-        self.length = max(starts)
-        self.lengths: Tensor | None = None
-        self.mask: Tensor | None = None
-        if cache.slots == 1 and tokens == 1:  # alone in its cache for good, so no block has to be filled up
-            self._places = self.length + 1
-            return
-        self._places = BLOCK * math.ceil((self.length + tokens) / BLOCK)
-        lengths = torch.tensor(starts, device=cache.device)[:, None]
-        positions = lengths + torch.arange(tokens, device=cache.device)
-        later = torch.arange(self._places, device=cache.device) > positions[:, None, :, None]
-        self.mask = torch.zeros(later.shape, dtype=cache.dtype, device=cache.device).masked_fill_(later, -math.inf)
-        if count > 1:
-            self.lengths = lengths
-            offsets = torch.arange(first, first + count, device=cache.device)[:, None] * cache.room
-            self._targets = (positions + offsets).flatten()
+        self._starts = [min(length, cache.capacity - tokens) for length in cache.lengths[first : first + count]]
+        self.length = max(self._starts)
 
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k, v (B, T, G, D); all of that layer's, each (B, G, S, D)."""
-        return self._put(self._cache.keys[layer], k), self._put(self._cache.values[layer], v)
+    @cached_property
+    def lengths(self) -> Tensor | None:
+        return torch.tensor(self._starts, device=self.cache.device)[:, None] if self._count > 1 else None
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        if self._alone:
+            return None
+        cache, positions = self.cache, self._positions
+        later = torch.arange(self._places, device=cache.device) > positions[:, None, :, None]
+        return torch.zeros(later.shape, dtype=cache.dtype, device=cache.device).masked_fill_(later, -math.inf)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of k, v (B, G, T, D)."""
-        return self.put(layer, k.transpose(1, 2), v.transpose(1, 2))
+        """Store the new k, v (B, G, T, D); all of that layer's, each (B, G, S, D)."""
+        return self._put(self.cache.keys[layer], k.transpose(1, 2)), self._put(self.cache.values[layer], v.transpose(1, 2))
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more in the rows that were read."""
         for slot in self._reading:
-            self._cache.lengths[slot] += tokens
+            self.cache.lengths[slot] += tokens
+
+    def targets(self) -> tuple[Array, Array]:
+        """Slot and place of each new token, (B · T,), for code that is not torch's; it finds keys and values at the cache's `addresses`."""
+        slots = np.repeat(np.arange(self._first, self._first + self._count), self._tokens)
+        return slots, np.add.outer(np.array(self._starts), np.arange(self._tokens)).ravel()
+
+    @property
+    def _alone(self) -> bool:
+        """In its cache, for good and with one token, so no block has to be filled up."""
+        return self.cache.slots == 1 and self._tokens == 1
+
+    @property
+    def _places(self) -> int:
+        return self.length + 1 if self._alone else BLOCK * math.ceil((self.length + self._tokens) / BLOCK)
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """(B, T)"""
+        starts = torch.tensor(self._starts, device=self.cache.device)[:, None]
+        return starts + torch.arange(self._tokens, device=self.cache.device)
+
+    @cached_property
+    def _targets(self) -> Tensor:
+        offsets = torch.arange(self._first, self._first + self._count, device=self.cache.device)[:, None] * self.cache.room
+        return (self._positions + offsets).flatten()
 
     def _put(self, stored: Tensor, new: Tensor) -> Tensor:
         if self._count == 1:

@@ -5,7 +5,7 @@
 | `bf16` | all weights in bfloat16 | float32, to which they are widened at loading: a smaller file, not a smaller model |
 | `int8` | 8 bits, a scale a row | bitsandbytes' LLM.int8(): activations rounded too, outliers apart |
 | `int8_dynamic` | the same file | `int8.Dynamic`: activations rounded token by token, whole numbers multiplied; needs VNNI to be fast |
-| `int8_weight` | the same file | `int8.WeightOnly`: activations in bfloat16; faster for a token at a time on any x86 |
+| `int8_weight` | the same file | `int8.WeightOnly`: activations in bfloat16; in an engine a few tokens' stay as they are |
 | `nf4` | 4 bits, a scale for 64, itself in 8 bits | bitsandbytes: weights unpacked to float32 at every step |
 
 In `int8_dynamic`, attention is multiplied as in `int8_weight`: its matrices are the smallest, and rounding what they multiply is nearly
@@ -86,7 +86,6 @@ def quantize(model: nn.Module, scheme: Scheme) -> nn.Module:
     for name in names:
         linear = quantized.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        linear.weight.data = linear.weight.data.contiguous()  # an engine lays them by columns
         layer = kernel_of(scheme, name).of(linear) if scheme in KERNELS else packed.pack(linear, _packing(scheme))
         quantized.set_submodule(name, layer)
     return _ready(_with_head(quantized, scheme), scheme)

@@ -1,0 +1,183 @@
+"""A forward through slots in as little time as it takes.
+
+Up to SEVERAL tokens of a plain Llama in float32 or in our 8 bits, on a CPU, go through `kernels`, compiled to machine code. More of them,
+a gpt, a wrapped model, bitsandbytes' layers and a GPU go through the model's own forward. The numbers are the same but for the last bits,
+and in 8 bits but for activations in bfloat16 (see `int8`), which are float32 here. Weights stay where they are: training in place is seen.
+
+The machine code is made once a machine, which takes ten seconds, and kept beside the package or in the user's cache folder.
+
+Shapes: B rows, T tokens, M = B · T, V vocabulary, L layers, C width.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llm_from_scratch.inference.decoding import number_of_threads
+from llm_from_scratch.inference.int8 import Dynamic, Int8Linear, WeightOnly
+from llm_from_scratch.inference.kv_cache import SlotCache, SlotRows
+from llm_from_scratch.model.llama import Block, Llama
+from llm_from_scratch.model.rung import Rung, past_of
+
+Forward = Callable[[Tensor, SlotRows, bool], Tensor]
+"""ids (B, T), where they go, and whether all logits are wanted: (B, T, V), or (B, 1, V) of the last place only."""
+Array = NDArray[Any]
+SEVERAL = 16
+"""Tokens up to which the compiled forward is faster than the model's own."""
+SMALL = 2**20
+"""Multiplications up to which one core is done before another has heard of it."""
+NEAR = 2**22
+"""Bytes of weights that a core still has at hand when the next token comes."""
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """The quickest there is for `model`. It is in evaluation mode as long as the forward is used."""
+    own = partial(_own, model)
+    if type(model) is not Llama or not _is_compilable(model):
+        return own
+    compiled = CompiledLlama(model)
+    return lambda ids, rows, every: (compiled if ids.numel() <= SEVERAL else own)(ids, rows, every)
+
+
+class CompiledLlama:
+    """A Forward for up to SEVERAL tokens."""
+
+    def __init__(self, model: Llama) -> None:
+        from llm_from_scratch.inference import kernels
+
+        self._kernels, self._shape, trunk = kernels, model.shape, model.model
+        head = trunk.embed_tokens if model.lm_head is None else model.lm_head
+        tensors = model.state_dict().values()
+        self._parameters, far = sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors) > NEAR
+        self._held: list[list[Any]] = [_tensors(cast(Block, block)) for block in trunk.layers]
+        layers = np.array([[0 if tensor is None else tensor.data_ptr() for tensor in held] for held in self._held])
+        like, rounded = _array(self._held[0][kernels.Q]), isinstance(cast(Block, trunk.layers[0]).mlp.up_proj, Dynamic)
+        last = (_array(trunk.norm.weight)[None], _array(head.weight), _array(_scale(head)), isinstance(head, Dynamic))
+        self._table = _array(trunk.embed_tokens.weight)
+        turns = _array(trunk.cos)[:, 0], _array(trunk.sin)[:, 0]
+        self._parts = (layers, like, rounded, last, float(model.shape.norm_eps), far, turns)
+        self._rooms: dict[tuple[int, int], tuple[Array, ...]] = {}
+        self(torch.zeros(1, 1, dtype=torch.int64), SlotCache(model, 1, 1).rows(0, 1, 1, ()), False)  # or the first request would wait
+
+    def __call__(self, ids: Tensor, rows: SlotRows, every: bool) -> Tensor:
+        B, T = ids.shape
+        tokens = B * T
+        cores = torch.get_num_threads() if self._parameters * tokens > SMALL else 1
+        x, *rest, spares = self._room(tokens, cores)
+        x[:tokens] = self._table[ids.flatten().numpy()]
+        slots, places = rows.targets()
+        wanted = np.arange(tokens) if every else np.arange(T - 1, tokens, T)
+        logits = np.empty((self._padded(len(wanted)), len(self._table)), np.float32)
+        state = (rows.cache.addresses, rows.cache.shape, (x, *rest), spares, slots, places, wanted, logits)
+        TEAM.run(lambda core, meeting: self._kernels.forward(core, cores, meeting, self._parts, state), cores)
+        rows.advance(T)
+        return torch.from_numpy(logits[: len(wanted)]).view(B, -1, len(self._table))
+
+    def _room(self, tokens: int, cores: int) -> tuple[Array, ...]:
+        """Padded room for x, for what is made of it in between, and a spare x for each core."""
+        key = padded, _ = self._padded(tokens), cores
+        if key not in self._rooms:
+            shape = self._shape
+            answers, inside = shape.heads * shape.head_dim, shape.hidden
+            sizes = (shape.width, answers + 2 * shape.kv_heads * shape.head_dim, answers, inside, inside, inside)
+            shapes = [*((padded, size) for size in sizes), (cores, padded, shape.width)]
+            self._rooms[key] = tuple(np.zeros(shape, np.float32) for shape in shapes)
+        return self._rooms[key]
+
+    def _padded(self, tokens: int) -> int:
+        return -(-tokens // self._kernels.TILE) * self._kernels.TILE
+
+
+class Team:
+    """Threads that do a piece of work together with the one that asks for it, one piece at a time.
+
+    OpenMP gives every thread that asks a team of its own, and the teams of sixteen callers would take turns on the same two cores.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._others: list[SimpleQueue[Callable[[], None]]] = []
+
+    def run(self, work: Callable[[int, Array], None], cores: int) -> None:
+        """`work` with the number of each core, and where they meet: 0, and 0 as long as all go on. Raises what any of them raised."""
+        meeting, errors = np.zeros(2, np.int64), list[BaseException]()
+
+        def take_part(core: int) -> None:
+            try:
+                work(core, meeting)
+            except BaseException as error:
+                errors.append(error)
+                meeting[1] = 1
+
+        if cores == 1:
+            take_part(0)
+        else:
+            with self._turn:
+                while len(self._others) < cores - 1:
+                    self._others.append(SimpleQueue())
+                    threading.Thread(target=_serve, args=(self._others[-1],), name="core", daemon=True).start()
+                for core, other in enumerate(self._others[: cores - 1], 1):
+                    other.put(partial(take_part, core))
+                take_part(0)
+        if errors:
+            raise errors[0]
+
+
+TEAM = Team()
+os.register_at_fork(after_in_child=lambda: Team.__init__(TEAM))
+"""Threads stay behind when a process forks, and nobody would come."""
+
+
+def _serve(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
+
+
+def _is_compilable(model: Llama) -> bool:
+    """Whether all of it is what `kernels` computes: in float32, as a whole on a CPU, and in its matrices our 8 bits or none."""
+    blocks = [cast(Block, block) for block in model.model.layers]
+    attention = {type(layer) for block in blocks for layer in block.self_attn.children() if not isinstance(layer, nn.RMSNorm)}
+    mlp = {type(layer) for block in blocks for layer in block.mlp.children()}
+    plain = all(weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous() for weight in model.parameters())
+    large = min(block.self_attn.k_proj.out_features for block in blocks) >= 4
+    return plain and large and (attention, mlp) in (({nn.Linear},) * 2, ({WeightOnly},) * 2, ({WeightOnly}, {Dynamic}))
+
+
+def _tensors(block: Block) -> list[Tensor | None]:
+    """What `kernels.forward` wants the addresses of."""
+    attention, mlp = block.self_attn, block.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    of_heads = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
+    before = (block.input_layernorm.weight, block.post_attention_layernorm.weight)
+    return [*before, *of_heads, *(layer.weight for layer in linears), *map(_scale, linears)]
+
+
+def _scale(layer: nn.Module) -> Tensor:
+    """By which each row of its weights is still to be multiplied."""
+    return layer.scale if isinstance(layer, Int8Linear) else torch.ones(len(cast(Tensor, layer.weight)))
+
+
+def _array(tensor: Tensor) -> Array:
+    """The same memory."""
+    return tensor.detach().numpy()
+
+
+def _own(model: nn.Module, ids: Tensor, rows: SlotRows, every: bool) -> Tensor:
+    """The model's own forward; a rung's without the head at places that nobody asks for."""
+    with number_of_threads(model, ids.numel()):
+        if every or not isinstance(model, Rung):
+            logits: Tensor = model(ids, rows)
+            return logits if every else logits[:, -1:]
+        last = model.unembed(model.mix(model.embed(ids, past_of(rows)), rows)[:, -1:])
+        rows.advance(ids.size(1))
+        return last

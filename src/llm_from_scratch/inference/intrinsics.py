@@ -1,0 +1,66 @@
+"""The words of machine code that numba has none for, one instruction each, to be called in what it compiles.
+
+numba tells by the date of `kernels.py` whether what it kept of it is still good: who changes something here touches that file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+let_others: Any = types.ExternalFunction("sched_yield", types.int32())
+"""Lets another thread have this core."""
+
+
+@intrinsic
+def pointer(context: Any, address: Any) -> Any:
+    """An address as `carray` wants it."""
+    return types.voidptr(address), lambda target, builder, signature, arguments: builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+
+@intrinsic
+def float_of(context: Any, bits: Any) -> Any:
+    """The float32 that has these bits, an int32's."""
+    return types.float32(bits), lambda target, builder, signature, arguments: builder.bitcast(arguments[0], ir.FloatType())
+
+
+@intrinsic
+def arrive(context: Any, meeting: Any) -> Any:
+    """Counts one more, and all that was written before can be seen by who sees it; returns 0."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count = target.make_array(meeting)(target, builder, arguments[0]).data
+        builder.atomic_rmw("add", count, ir.IntType(64)(1), "seq_cst")
+        return ir.IntType(64)(0)
+
+    return types.int64(meeting), generate
+
+
+@intrinsic
+def read(context: Any, meeting: Any, place: Any) -> Any:
+    """What another core may have written meanwhile."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = target.make_array(meeting)(target, builder, arguments[0])
+        return builder.load_atomic(builder.gep(array.data, [arguments[1]]), "seq_cst", 8)
+
+    return types.int64(meeting, place), generate
+
+
+@intrinsic
+def prefetch(context: Any, array: Any, place: Any) -> Any:
+    """Asks for the cache line of `array[place]`; beyond the end of the array nothing happens."""
+
+    def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.gep(target.make_array(array)(target, builder, arguments[0]).data, [arguments[1]])
+        byte = builder.bitcast(address, ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.type, number, number, number])
+        reading, near, data = number(0), number(3), number(1)
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [byte.type], kind), [byte, reading, near, data])
+        return target.get_dummy_value()
+
+    return types.void(array, place), generate
