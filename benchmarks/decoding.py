@@ -52,7 +52,7 @@ TOY = LlamaShape(
     tied=True,
     norm_eps=1e-5,
 )
-PROMPT, CONCURRENT, LOOKUP, DRAFT = 16, (1, 4, 16), 6, 4
+PROMPT, CONCURRENT, LOOKUP, DRAFT = 16, (1, 4, 16), 6, 3
 PEER, OURS, LAST = "transformers.generate, fp32", "fp32", "uncached, the last token"
 STREAM = "weights read once"
 

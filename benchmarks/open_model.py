@@ -35,7 +35,7 @@ from llm_from_scratch.tokenizer.bpe import train_bpe
 CHILD = Path(__file__).with_name("llama_cpp_child.py")
 PROMPT = "The river is"
 FP32, DRAFTING, TRANSFORMERS = "ours, fp32", "ours, fp32, drafting", "transformers, fp32"
-DRAFT, SCORED, CONTEXT = 4, 2048, 256
+DRAFT, SCORED, CONTEXT = 3, 2048, 256
 """Tokens written ahead; tokens of held-out text, and what a window of it shows."""
 LLAMA_CPP = {"llama.cpp, F16": "f16", "llama.cpp, Q8_0": "q8_0"}
 TOY = LlamaParams(

@@ -14,6 +14,9 @@ tokens, a choice between two that are equally likely to six digits. `same_bits` 
 filled or not, so each product has the same shape and each row the same bits whoever is beside it; a lone request pays for it. (It holds
 for one machine and number of threads. LLM.int8() is the exception: bitsandbytes looks for outliers in all rows together.)
 
+Tokens are chosen by one thread: OpenMP's others would look out for more of such work, on the cores that the next forward wants, for longer
+than that takes.
+
 Memory is taken at the start: `slots` times `capacity` tokens. A text longer than its slot goes on from its newest half.
 """
 
@@ -29,7 +32,7 @@ from time import monotonic
 import torch
 from torch import Tensor, nn
 
-from llm_from_scratch.inference.decoding import context_of, evaluating
+from llm_from_scratch.inference.decoding import context_of, evaluating, threads
 from llm_from_scratch.inference.draft import Draft
 from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
@@ -270,19 +273,21 @@ class Batcher:
         for slot, request in ready:
             tokens[slot - first] = [request.ids[-1]]
         logits = self._run(tokens, first, slots, every=False)[:, -1]
-        likeliest = logits.argmax(-1).tolist() if any(request.sampling.plain for _, request in ready) else []
-        for slot, request in ready:
-            row, found = logits[slot - first], likeliest[slot - first] if request.sampling.plain else None
-            self._guarded([request], partial(self._take, request, row, found))
+        with threads(1):
+            likeliest = logits.argmax(-1).tolist() if any(request.sampling.plain for _, request in ready) else []
+            for slot, request in ready:
+                row, found = logits[slot - first], likeliest[slot - first] if request.sampling.plain else None
+                self._guarded([request], partial(self._take, request, row, found))
 
     def _look_ahead(self, slot: int, request: Request) -> None:
         """Reads the newest token and a guess of those behind it, and takes tokens as long as they are as guessed."""
         guess = self._guess(slot, request)
         logits = self._run([[request.ids[-1], *guess]], slot, [slot], every=True)[0]
-        likeliest = logits.argmax(-1).tolist() if request.sampling.plain else [None] * len(logits)
-        for row, found, expected in zip(logits, likeliest, [*guess, None], strict=True):
-            if self._take(request, row, found) != expected or request.over:
-                break
+        with threads(1):
+            likeliest = logits.argmax(-1).tolist() if request.sampling.plain else [None] * len(logits)
+            for row, found, expected in zip(logits, likeliest, [*guess, None], strict=True):
+                if self._take(request, row, found) != expected or request.over:
+                    break
         self._cache.lengths[slot] = len(request.ids) - request.start - 1
 
     def _guess(self, slot: int, request: Request) -> list[int]:

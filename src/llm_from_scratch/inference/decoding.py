@@ -10,7 +10,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,16 +72,21 @@ def last_logits(model: nn.Module, ids: Sequence[int], cache: Cache | None = None
     return logits[0, -1]
 
 
-@contextmanager
-def number_of_threads(model: nn.Module, tokens: int) -> Iterator[None]:
+def number_of_threads(model: nn.Module, tokens: int) -> AbstractContextManager[None]:
     """One thread inside, where a forward over `tokens` is made of products so small that another would not have woken up before they are
     done; as many as there were otherwise, and outside.
     """
+    return threads(1 if _is_small(model, tokens) else torch.get_num_threads())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many of torch's inside, and outside as many as there were."""
     before = torch.get_num_threads()
-    if before == 1 or not _is_small(model, tokens):
+    if before == count:
         yield
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

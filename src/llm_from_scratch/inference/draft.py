@@ -6,7 +6,7 @@ there is written over when the model reads the same tokens (Leviathan et al. 202
 QSpec). A draft draws with the numbers that the request would draw with next, so seeded texts are guessed as well as greedy ones.
 
 It pays where the weights do not fit into the caches of the processor (benchmarks/open_model.py says by how much). With more tokens ahead, a
-wrong one spoils more work; four in all, the newest and three guesses, are one tile for the kernels. It costs a quarter of the model's memory.
+wrong one spoils more work; the newest and three guesses are one tile for the kernels. It costs a quarter of the model's memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from llm_from_scratch.inference.decoding import threads
 from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.quantize import quantize
@@ -46,7 +47,8 @@ class Draft:
         for _ in range(most):
             rows = self._cache.rows(slot, 1, 1, [slot])
             logits = self._forward(torch.tensor([said[-1:]], device=self._cache.device), rows, False)[0, -1]
-            token = pick(logits, sampling, ahead, said, prompt)
+            with threads(1):
+                token = pick(logits, sampling, ahead, said, prompt)
             if token in ends:
                 break
             said.append(token)
