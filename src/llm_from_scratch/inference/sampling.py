@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,6 +71,13 @@ class Sampling:
             if not fits:
                 raise ValueError(f"sampling.{name}: found {getattr(self, name)!r}, wanted {what}")
 
+    @cached_property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """The ids and what is added to their logits, made into tensors once for all tokens."""
+        return torch.tensor([token for token, _ in self.logit_bias]), torch.tensor(
+            [bias for _, bias in self.logit_bias], dtype=torch.float32
+        )
+
     @property
     def plain(self) -> bool:
         """The likeliest token by the model's own logits, and nothing asked about it."""
@@ -120,8 +128,7 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator, history
     """One token id from logits (V,), given the ids so far, the first `prompt` of which (None: all) were not generated."""
     logits = logits.float().cpu()
     if sampling.logit_bias:
-        ids, biases = zip(*sampling.logit_bias, strict=True)
-        logits = logits.index_add(0, torch.tensor(ids), torch.tensor(biases, dtype=torch.float32))
+        logits = logits.index_add(0, *sampling.biases)
     logits = penalized(logits, sampling.repetition_penalty, history)
     if sampling.presence_penalty or sampling.frequency_penalty:
         generated = history[len(history) if prompt is None else prompt :]
