@@ -64,9 +64,10 @@ NOTES = [
     "`uncached` reads the whole text again for every token. For it, forwards at nine lengths were timed and summed up in between; "
     f"`{LAST}` is by the longest of them, the forward that a token costs at the end of the text.",
     f"`fp32, drafting` is fp32's own text: an 8-bit copy of the model writes {DRAFT} tokens ahead, and a forward in fp32 checks them all.",
-    f"`{STREAM}` writes nothing: it sums as many numbers as the weights that a token needs hold bytes (the embedding counts as the head), "
-    "with all threads. No engine that reads every weight for every token is faster, so its `× transformers` is what there is to gain in "
-    "fp32 without drafting. In a small model the weights stay in the processor's caches, and the calls are what takes the time.",
+    f"`{STREAM}` writes nothing: torch sums as many numbers as the weights that a token needs hold bytes (the embedding counts as the "
+    "head), with all threads. An engine that reads every weight for every token is hardly faster, so its `× transformers` is about what "
+    "there is to gain in fp32 without drafting; a little more is in asking for weights ahead of time. A small model's stay in the "
+    "processor's caches.",
     "int8 takes the linear layers of the blocks, and the head where it is large (`quantize.LARGE_HEAD`). A few tokens' activations are "
     "multiplied as they are (`inference/kernels.py`); `int8_dynamic` rounds those of the MLPs to 8 bits first.",
     "`requests` come from as many threads and share steps (`Batching(slots=16)`); `× one` is against one request in the same engine.",

@@ -111,13 +111,12 @@ NOTES = [
     "`MB held` are the weights, scales and tables in memory, without caches and libraries. bf16 is widened to float32 on loading, because "
     "a processor without bf16 units multiplies it more slowly: it saves disk and nothing else.",
     "`GB/s` is `MB held` by `ms`: a token for one request reads every weight once and does two operations with it, so time is bytes over "
-    "bandwidth. A quarter of the bytes can be at most four times as fast; what keeps the int8 kernels below is turning numbers into other "
-    "kinds of numbers, the embedding and head, which stay in float32, and the work around the matrices, which takes equally long in every "
-    "row. torch's packed product is vectorized for bfloat16 activations alone: with float32 ones, int8_weight would be slower than fp32.",
+    "bandwidth. A quarter of the bytes can be at most four times as fast; what keeps our two int8 kernels below is a small head, which "
+    "stays in float32, and what is no matrix. Up to sixteen tokens of fp32 and of these two go through `inference/kernels.py`, the other "
+    "rows through torch and bitsandbytes.",
     "With sixteen requests each weight that was read is used sixteen times, and with a whole prompt a hundred times: arithmetic takes the "
-    "time there. int8_weight has no less of it than fp32, and its weights to widen first; int8_dynamic multiplies whole numbers in the "
-    "MLPs, four at a time where the processor has VNNI. Without VNNI torch's integer product is a plain loop, and int8_weight is the one "
-    "to serve.",
+    "time there. int8_weight has no less of it than fp32, and its weights to widen first; of a whole prompt, int8_dynamic multiplies whole "
+    "numbers in the MLPs, four at a time where the processor has VNNI (without it, in a plain loop).",
     "`loss` is by how much bits per byte rise. The large model has seen few tokens, and weights far from settled forgive rounding; "
     "`loss of base` is the same for the small model that `make repro` trains to the end.",
     "int8 and nf4 are bitsandbytes' own layers in our model. Its nf4 unpacks all weights to float32 at every step, which is why the "

@@ -33,10 +33,11 @@ HOW = {
     "int8": EIGHT_BITS + "bitsandbytes multiplies by them.",
     "int8_dynamic": EIGHT_BITS
     + "Here the MLPs' are multiplied by activations rounded token by token (kernel `int8.Dynamic`), attention's by activations in "
-    "bfloat16 (`int8.WeightOnly`); `transformers` runs them as LLM.int8(), so its logits are near these, not equal.",
+    "bfloat16 (`int8.WeightOnly`), in an engine in float32 where tokens are few; `transformers` runs them as LLM.int8(), so its logits are "
+    "near these, not equal.",
     "int8_weight": EIGHT_BITS
-    + "Here they are multiplied by activations in bfloat16 (kernel `int8.WeightOnly`); `transformers` runs them as "
-    "LLM.int8(), so its logits are near these, not equal.",
+    + "Here they are multiplied by activations in bfloat16 (kernel `int8.WeightOnly`), in an engine in float32 where tokens are few; "
+    "`transformers` runs them as LLM.int8(), so its logits are near these, not equal.",
     "nf4": "in nf4 with double quantization (bitsandbytes); embedding and head are as they were.",
 }
 CARD = """\

@@ -320,6 +320,54 @@ def test_rows_of_different_lengths_have_the_logits_of_each_alone(name: str) -> N
         assert torch.allclose(logits, expected, atol=2e-5)
 
 
+def test_a_step_takes_all_the_threads_that_there_were_when_the_engine_was_opened() -> None:
+    """torch gives a thread as many as the process had when it began, and while another thread chose tokens that was one."""
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        batcher = Batcher(drawn("gpt", vocab=40_000), BATCHING)
+        inner = batcher._forward
+        batcher._forward = lambda ids, rows, every: (found.append(torch.get_num_threads()), inner(ids, rows, every))[1]
+
+        def ask(place: int) -> None:
+            torch.set_num_threads(1)
+            list(batcher.tokens([1, 2], Sampling(temperature=0, max_tokens=3), ()))
+            in_threads(1, lambda place: found.append(torch.get_num_threads()))
+
+        in_threads(1, ask)
+    finally:
+        torch.set_num_threads(before)
+    assert found == [2, 2, 2, 2]
+
+
+def test_small_steps_are_done_several_at_a_time_before_anybody_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = Batcher(drawn("llama"), BATCHING)
+    greedy = Sampling(temperature=0, max_tokens=9)
+    first, second = (batcher.tokens([start], greedy, ()) for start in (1, 2))
+    monkeypatch.setattr(steps, "BURST", 0)
+    next(first)
+    in_threads(1, lambda place: next(second))
+    monkeypatch.setattr(steps, "BURST", 60)
+    [next(first) for _ in range(2)]  # the one that was drawn beside the other's, and one of a turn of its own
+    assert batcher.stats().generated_tokens >= 2 * 9 - 1  # until one is alone
+    assert len(list(first)) == 9 - 3
+
+
+def test_closing_ends_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "BURST", 60)
+    batcher = Batcher(drawn("llama"), BATCHING)
+    inner, forwards = batcher._forward, []
+    batcher._forward = lambda ids, rows, every: (forwards.append(1), len(forwards) == 6 and batcher.close(), inner(ids, rows, every))[2]
+    endless = Sampling(temperature=0, max_tokens=10**6)
+
+    def ask(place: int) -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            list(batcher.tokens([place], endless, ()))
+
+    in_threads(2, ask)
+    assert len(forwards) < 12
+
+
 # Looking up
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_activations_are_rounded_where_the_scheme_rounds_them(name: str, cores: 
     model, plain, ids = quantize(drawn(name), "int8_dynamic"), unpacked(drawn(name), "int8_dynamic"), ids_of(1, TEXT)
     unrounded = plain(ids)[0]
     for part in plain.modules():
-        if isinstance(part, nn.Linear) and part.out_features in (SHAPES[name].hidden, SHAPES[name].width) and part in mlps(plain):
+        if part in mlps(plain):
             part.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     wanted = plain(ids)[0]
     found = stepwise(model, ids, [1] * 12 + [8])
@@ -200,12 +201,67 @@ def test_what_is_no_plain_llama_in_float32_and_many_tokens_are_read_by_the_model
         assert read == expected
 
 
-def test_compiling_is_done_when_a_model_is_opened_and_not_when_the_first_request_waits() -> None:
-    forward_of(drawn())
-    signatures = len(kernels.forward.signatures)
+@pytest.mark.parametrize("scheme", [None, "int8_weight"])
+def test_compiling_is_done_when_a_model_is_opened_and_not_when_the_first_request_waits(
+    scheme: Scheme | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, types = kernels.forward, list[tuple[Any, ...]]()
+    monkeypatch.setattr(kernels, "forward", lambda *given: (types.append(tuple(map(numba.typeof, given))), inner(*given))[1])
+    model = quantize(drawn(), scheme) if scheme else drawn()
+    read, cache = CompiledLlama(model), SlotCache(model, 3, 24)  # type: ignore[arg-type]
+    assert len(types) == 1
+    with torch.inference_mode():
+        for tokens in (1, 2, 5, 12):
+            read(ids_of(1, tokens), cache.rows(1, 1, tokens, [1]), tokens == 5)
+        read(ids_of(3, 1), cache.rows(0, 3, 1, ()), False)
+    assert len(types) == 6
+    assert len(set(types)) == 1
+
+
+def test_a_head_of_its_own_is_read_whatever_the_blocks_are() -> None:
+    model, ids = drawn(), ids_of(1, TEXT)
+    model.lm_head = nn.Linear(36, 61, bias=False).requires_grad_(False)
+    assert torch.allclose(stepwise(model, ids, [1, 4, 15]), model(ids)[0], atol=1e-5)
+    small, plain = quantize(model, "int8_weight"), unpacked(drawn(), "int8_weight")
+    plain.lm_head = model.lm_head
+    assert torch.allclose(stepwise(small, ids, [1, 4, 15]), plain(ids)[0], atol=1e-5)
+
+
+def test_a_model_that_is_converted_afterwards_leaves_the_engine_the_weights_that_it_had() -> None:
+    """Its layers let go of their memory then, and the engine would have gone on reading there."""
+    model, ids = drawn(), ids_of(1, 6)
+    expected, read = model(ids), CompiledLlama(model)
+    cache = SlotCache(model, 1, 8)
+    model.double()
+    rubbish = [torch.full((36, 36), torch.nan) for _ in range(400)]
+    with torch.inference_mode():
+        assert torch.allclose(read(ids, cache.rows(0, 1, 6, ()), True), expected, atol=1e-5)
+    assert len(rubbish) == 400
+
+
+def test_more_tokens_than_the_context_holds_are_refused() -> None:
+    """The tables of rotations end there."""
     model = drawn()
-    stepwise(model, ids_of(1, TEXT), [1, 2, 5, 12])
-    assert len(kernels.forward.signatures) == signatures
+    cache = SlotCache(model, 1, 100)
+    cache.lengths[0] = 48
+    with pytest.raises(ValueError, match="found 49 tokens, the context holds 48"):
+        CompiledLlama(model)(ids_of(1, 1), cache.rows(0, 1, 1, [0]), False)
+
+
+@pytest.mark.parametrize("change", ["a bias", "bfloat16", "by columns", "a wrapped embedding"])
+def test_what_the_kernels_do_not_compute_is_not_given_to_them(change: str) -> None:
+    model = drawn()
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(layer, nn.Linear)
+    if change == "a bias":
+        layer.bias = nn.Parameter(torch.randn(50))
+    elif change == "bfloat16":
+        model.bfloat16()
+    elif change == "by columns":
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    else:
+        model.model.embed_tokens = type("Wrapped", (nn.Embedding,), {})(61, 36)
+    assert not forwards._is_compilable(model)
 
 
 def test_a_function_that_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:

@@ -1,8 +1,9 @@
 """Continuous batching: a step reads a token of every request that is being written, and requests join and leave between steps (Yu et al.
 2022, Orca).
 
-There is no thread of its own. Callers iterate, each in its thread; whoever finds nothing drawn for it does the next step for everybody,
-and the others wait for it. So nothing runs when nobody asks, and a caller that went away can not hold anybody up.
+There is no thread of its own. Callers iterate, each in its thread; whoever finds nothing drawn for it does the next step for everybody
+(where steps are short, the next few: see BURST), and the others wait for it. So nothing runs when nobody asks, and a caller that went away
+can not hold anybody up.
 
 A step has two parts. One request that has more than one token to read (its prompt, or its newest half once it outgrew its slot) reads a
 chunk, alone, so a long prompt delays the others by a chunk at a time. Then all that have one token to read read it in one forward, each
@@ -13,9 +14,6 @@ a matrix product may add up in another order when it has more rows: their last b
 tokens, a choice between two that are equally likely to six digits. `same_bits` rules that out: every step then has all slots as rows,
 filled or not, so each product has the same shape and each row the same bits whoever is beside it; a lone request pays for it. (It holds
 for one machine and number of threads. LLM.int8() is the exception: bitsandbytes looks for outliers in all rows together.)
-
-Tokens are chosen by one thread: OpenMP's others would look out for more of such work, on the cores that the next forward wants, for longer
-than that takes.
 
 Memory is taken at the start: `slots` times `capacity` tokens. A text longer than its slot goes on from its newest half.
 """
@@ -32,7 +30,7 @@ from time import monotonic
 import torch
 from torch import Tensor, nn
 
-from llm_from_scratch.inference.decoding import context_of, evaluating, threads
+from llm_from_scratch.inference.decoding import choosing, context_of, evaluating
 from llm_from_scratch.inference.draft import Draft
 from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
@@ -42,7 +40,7 @@ from llm_from_scratch.inference.sampling import Sampling, TokenLogprob, log_prob
 Drawn = tuple[int, TokenLogprob | None]
 CLOSED = "the engine was closed; open it again"
 BURST = 0.005
-"""Seconds of steps between which callers are not woken: a small model's step is shorter than it takes to wake sixteen threads."""
+"""Seconds for which steps may begin before callers are woken: a small model's is shorter than it takes to wake sixteen threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +123,7 @@ class Batcher:
         self._cache = SlotCache(model, batching.slots, self.limit)
         self._forward = forward_of(model)
         self._draft = Draft(model, self._cache) if batching.draft else None
+        self._threads = torch.get_num_threads()
         self._slots: list[Request | None] = [None] * batching.slots
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -210,7 +209,12 @@ class Batcher:
                 self._slots[slot] = self._waiting.popleft()
 
     def _steps(self) -> None:
-        """One; where several callers wait, as many as begin within BURST."""
+        """One; where several callers wait, as many as begin within BURST. With all the threads that there were at the start.
+
+        (torch gives a thread as many as the process has when it begins. While another one chooses tokens that is one, and it stays so.)
+        """
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         end = monotonic() + BURST
         self._step()
         while monotonic() < end and sum(request is not None and not request.over for request in self._slots) > 1:
@@ -264,7 +268,8 @@ class Batcher:
         if request.scored:
             request.score(logits, begin)
         elif not self._unread(slot, request):
-            self._take(request, logits[-1])
+            with choosing(logits[-1]):
+                self._take(request, logits[-1])
 
     def _read_one_each(self, ready: Sequence[tuple[int, Request]]) -> None:
         slots = [slot for slot, _ in ready]
@@ -273,7 +278,7 @@ class Batcher:
         for slot, request in ready:
             tokens[slot - first] = [request.ids[-1]]
         logits = self._run(tokens, first, slots, every=False)[:, -1]
-        with threads(1):
+        with choosing(logits):
             likeliest = logits.argmax(-1).tolist() if any(request.sampling.plain for _, request in ready) else []
             for slot, request in ready:
                 row, found = logits[slot - first], likeliest[slot - first] if request.sampling.plain else None
@@ -283,7 +288,7 @@ class Batcher:
         """Reads the newest token and a guess of those behind it, and takes tokens as long as they are as guessed."""
         guess = self._guess(slot, request)
         logits = self._run([[request.ids[-1], *guess]], slot, [slot], every=True)[0]
-        with threads(1):
+        with choosing(logits):
             likeliest = logits.argmax(-1).tolist() if request.sampling.plain else [None] * len(logits)
             for row, found, expected in zip(logits, likeliest, [*guess, None], strict=True):
                 if self._take(request, row, found) != expected or request.over:

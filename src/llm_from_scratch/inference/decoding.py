@@ -79,6 +79,13 @@ def number_of_threads(model: nn.Module, tokens: int) -> AbstractContextManager[N
     return threads(1 if _is_small(model, tokens) else torch.get_num_threads())
 
 
+def choosing(logits: Tensor) -> AbstractContextManager[None]:
+    """To choose tokens in: torch's other threads are left alone, that would look out for more of such work, on the cores that the next
+    forward wants, for longer than it takes.
+    """
+    return threads(1 if logits.numel() >= GRAIN else torch.get_num_threads())
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many of torch's inside, and outside as many as there were."""
@@ -106,6 +113,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
+GRAIN = 2**15
+"""Numbers from which on torch shares a small operation among threads."""
 SMALL_WEIGHT, SMALL_PRODUCT = 2**17, 2**20
 """Numbers in a matrix, and multiplications with it, up to which one core is faster than two; half a megabyte is in its cache."""
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from llm_from_scratch.inference.decoding import threads
+from llm_from_scratch.inference.decoding import choosing
 from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.quantize import quantize
@@ -47,7 +47,7 @@ class Draft:
         for _ in range(most):
             rows = self._cache.rows(slot, 1, 1, [slot])
             logits = self._forward(torch.tensor([said[-1:]], device=self._cache.device), rows, False)[0, -1]
-            with threads(1):
+            with choosing(logits):
                 token = pick(logits, sampling, ahead, said, prompt)
             if token in ends:
                 break

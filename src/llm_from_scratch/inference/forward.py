@@ -2,7 +2,8 @@
 
 Up to SEVERAL tokens of a plain Llama in float32 or in our 8 bits, on a CPU, go through `kernels`, compiled to machine code. More of them,
 a gpt, a wrapped model, bitsandbytes' layers and a GPU go through the model's own forward. The numbers are the same but for the last bits,
-and in 8 bits but for activations in bfloat16 (see `int8`), which are float32 here. Weights stay where they are: training in place is seen.
+and in 8 bits but for activations in bfloat16 (see `int8`), which are float32 here. Weights stay where they are, so changes in place are seen;
+a model's that is moved or converted afterwards are not.
 
 The machine code is made once a machine, which takes ten seconds, and kept beside the package or in the user's cache folder.
 
@@ -50,7 +51,7 @@ def forward_of(model: nn.Module) -> Forward:
 
 
 class CompiledLlama:
-    """A Forward for up to SEVERAL tokens."""
+    """A Forward for up to SEVERAL tokens, and for one caller at a time."""
 
     def __init__(self, model: Llama) -> None:
         from llm_from_scratch.inference import kernels
@@ -75,6 +76,8 @@ class CompiledLlama:
         cores = torch.get_num_threads() if self._parameters * tokens > SMALL else 1
         x, *rest, spares = self._room(tokens, cores)
         x[:tokens] = self._table[ids.flatten().numpy()]
+        if rows.length + T > self._shape.context:
+            raise ValueError(f"found {rows.length + T} tokens, the context holds {self._shape.context}; give the last of them only")
         slots, places = rows.targets()
         wanted = np.arange(tokens) if every else np.arange(T - 1, tokens, T)
         logits = np.empty((self._padded(len(wanted)), len(self._table)), np.float32)
@@ -110,7 +113,7 @@ class Team:
 
     def run(self, work: Callable[[int, Array], None], cores: int) -> None:
         """`work` with the number of each core, and where they meet: 0, and 0 as long as all go on. Raises what any of them raised."""
-        meeting, errors = np.zeros(2, np.int64), list[BaseException]()
+        meeting, errors, done = np.zeros(2, np.int64), list[BaseException](), SimpleQueue[int]()
 
         def take_part(core: int) -> None:
             try:
@@ -118,24 +121,34 @@ class Team:
             except BaseException as error:
                 errors.append(error)
                 meeting[1] = 1
+            done.put(core)
 
         if cores == 1:
-            take_part(0)
-        else:
-            with self._turn:
-                while len(self._others) < cores - 1:
-                    self._others.append(SimpleQueue())
-                    threading.Thread(target=_serve, args=(self._others[-1],), name="core", daemon=True).start()
+            work(0, meeting)
+            return
+        with self._turn:
+            while len(self._others) < cores - 1:
+                self._hire()
+            try:
                 for core, other in enumerate(self._others[: cores - 1], 1):
                     other.put(partial(take_part, core))
                 take_part(0)
-        if errors:
-            raise errors[0]
+            finally:
+                meeting[1] = 1  # whatever happened, nobody waits for this core any more
+            if errors:
+                for _ in range(cores):
+                    done.get()  # or the next forward would write where somebody still reads
+                raise errors[0]
+
+    def _hire(self) -> None:
+        jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=_serve, args=(jobs,), name="core", daemon=True).start()
+        self._others.append(jobs)
 
 
 TEAM = Team()
-os.register_at_fork(after_in_child=lambda: Team.__init__(TEAM))
-"""Threads stay behind when a process forks, and nobody would come."""
+if os.name == "posix":  # threads stay behind when a process forks, and nobody would come
+    os.register_at_fork(after_in_child=lambda: Team.__init__(TEAM))
 
 
 def _serve(jobs: SimpleQueue[Callable[[], None]]) -> None:
@@ -144,22 +157,27 @@ def _serve(jobs: SimpleQueue[Callable[[], None]]) -> None:
 
 
 def _is_compilable(model: Llama) -> bool:
-    """Whether all of it is what `kernels` computes: in float32, as a whole on a CPU, and in its matrices our 8 bits or none."""
+    """Whether all of it is what `kernels` computes: in float32 on a CPU, in its matrices our 8 bits or none, and no matrix below a tile."""
     blocks = [cast(Block, block) for block in model.model.layers]
     attention = {type(layer) for block in blocks for layer in block.self_attn.children() if not isinstance(layer, nn.RMSNorm)}
     mlp = {type(layer) for block in blocks for layer in block.mlp.children()}
-    plain = all(weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous() for weight in model.parameters())
-    large = min(block.self_attn.k_proj.out_features for block in blocks) >= 4
-    return plain and large and (attention, mlp) in (({nn.Linear},) * 2, ({WeightOnly},) * 2, ({WeightOnly}, {Dynamic}))
+    shape, weights = model.shape, list(model.parameters())
+    plain = all(weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous() for weight in weights)
+    ends = type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) in (type(None), nn.Linear, WeightOnly, Dynamic)
+    biased = any(getattr(layer, "bias", None) is not None for layer in model.modules())
+    large = min(shape.width, shape.hidden, shape.vocab_size, shape.kv_heads * shape.head_dim) >= 4
+    kinds = (attention, mlp) in (({nn.Linear},) * 2, ({WeightOnly},) * 2, ({WeightOnly}, {Dynamic}))
+    return os.name == "posix" and plain and ends and not biased and large and kinds
 
 
 def _tensors(block: Block) -> list[Tensor | None]:
-    """What `kernels.forward` wants the addresses of."""
+    """What `kernels.forward` wants the addresses of, held by themselves: a layer that is converted lets go of its memory."""
     attention, mlp = block.self_attn, block.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     of_heads = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
     before = (block.input_layernorm.weight, block.post_attention_layernorm.weight)
-    return [*before, *of_heads, *(layer.weight for layer in linears), *map(_scale, linears)]
+    tensors = [*before, *of_heads, *(layer.weight for layer in linears), *map(_scale, linears)]
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def _scale(layer: nn.Module) -> Tensor:

@@ -14,8 +14,8 @@ with VNNI does four at a time (without it, torch has a plain loop: right, and sl
 does not depend on those it is read with, as LLM.int8()'s does. What it lacks is LLM.int8()'s way around outliers: one huge activation
 leaves the others of its token few steps to be told apart by.
 
-A few tokens of a Llama on a CPU go through neither: `kernels` multiplies float32 activations by the same whole numbers, for `Dynamic`
-rounded first. Both are for inference: no gradient goes through them.
+In an engine, a few tokens of a Llama on a CPU go through neither: `kernels` multiplies float32 activations by the same whole numbers, for
+`Dynamic` rounded first. Both are for inference: no gradient goes through them.
 
 Shapes: M tokens, K inputs, N outputs.
 """

@@ -1,6 +1,7 @@
 """The words of machine code that numba has none for, one instruction each, to be called in what it compiles.
 
-numba tells by the date of `kernels.py` whether what it kept of it is still good: who changes something here touches that file.
+numba tells by the text of `kernels.py` whether what it kept of it is still good: who changes something here, or `int8.STEPS`, deletes
+`__pycache__/kernels.*.nb?`.
 """
 
 from __future__ import annotations

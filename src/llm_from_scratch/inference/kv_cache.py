@@ -4,8 +4,9 @@ All memory is taken at the start and never grows: a request that cannot fit fail
 drop its oldest tokens, because the positions are already rotated into the keys; `decoding` starts a new one instead.
 
 `KVCache` holds texts of one length, side by side. `SlotCache` holds texts of any lengths, each in a slot of its own that the next text
-takes over, and a forward reads some of its rows (`SlotRows`). Attention runs over whole blocks of BLOCK tokens there: what is masked adds
-exact zeros, and no sum is cut at another place because a neighbour is longer, so a row's answer has the same bits whoever is beside it.
+takes over, and a forward reads some of its rows (`SlotRows`). A model's own attention runs over whole blocks of BLOCK tokens there: what is
+masked adds exact zeros, and no sum is cut at another place because a neighbour is longer, so a row's answer has the same bits whoever is
+beside it.
 
 Shapes: L layers, B batch, G key/value heads, T tokens, S places (whole blocks), D head dimension.
 """

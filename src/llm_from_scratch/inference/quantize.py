@@ -4,7 +4,7 @@
 |---|---|---|
 | `bf16` | all weights in bfloat16 | float32, to which they are widened at loading: a smaller file, not a smaller model |
 | `int8` | 8 bits, a scale a row | bitsandbytes' LLM.int8(): activations rounded too, outliers apart |
-| `int8_dynamic` | the same file | `int8.Dynamic`: activations rounded token by token, whole numbers multiplied; needs VNNI to be fast |
+| `int8_dynamic` | the same file | `int8.Dynamic`: activations rounded token by token, and many tokens' multiplied as whole numbers |
 | `int8_weight` | the same file | `int8.WeightOnly`: activations in bfloat16; in an engine a few tokens' stay as they are |
 | `nf4` | 4 bits, a scale for 64, itself in 8 bits | bitsandbytes: weights unpacked to float32 at every step |
 

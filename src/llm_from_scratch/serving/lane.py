@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from llm_from_scratch.serving.errors import ApiError
 
 T = TypeVar("T")
@@ -157,7 +159,7 @@ class Lane:
         self._workers = workers
         self._maximum_waiting = maximum_waiting
         self._deadline_seconds = deadline_seconds
-        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="generate")
+        self._threads = ThreadPoolExecutor(workers, "generate", torch.set_num_threads, (torch.get_num_threads(),))
         self._jobs: set[Job[Any]] = set()
         self._last_seconds = 0.0
         self._draining = False
