@@ -2,8 +2,8 @@
 
 Up to SEVERAL tokens of a plain Llama in float32 or in our 8 bits, on a CPU, go through `kernels`, compiled to machine code. More of them,
 a gpt, a wrapped model, bitsandbytes' layers and a GPU go through the model's own forward. The numbers are the same but for the last bits,
-and in 8 bits but for activations in bfloat16 (see `int8`), which are float32 here. Weights stay where they are, so changes in place are seen;
-a model's that is moved or converted afterwards are not.
+and in 8 bits but for activations in bfloat16 (see `int8`), which are float32 here. Weights stay where they are, so what changes in place is
+seen; a model that is moved or converted afterwards is not.
 
 The machine code is made once a machine, which takes ten seconds, and kept beside the package or in the user's cache folder.
 
