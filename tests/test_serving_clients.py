@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -371,6 +372,8 @@ def _kept() -> Counter[str]:
 
 
 def _counts(thing: object) -> bool:
+    if type(thing) in weakref.ProxyTypes:  # to ask a dead one what it is raises an error
+        return False
     if isinstance(thing, asyncio.Task):
         return not thing.done()
     if isinstance(thing, asyncio.TimerHandle):
