@@ -106,8 +106,8 @@ NOTES = [
     "Every row is the bundle as it was written and opened again. `speed` is fp32's time by the row's, in the same round, the median of "
     "all rounds; `16 at once` is the same for sixteen requests in step, `reading` for a prompt of 64 tokens; `ms` are medians over "
     "rounds of the median step.",
-    "`deeper` has about as many parameters, untrained, in eight layers 512 wide, where the others have four 768 wide: twice as many small "
-    "operations around the matrices, which no quantization makes faster.",
+    "`deeper` has about as many parameters, untrained, in eight layers 512 wide, where the others have four 768 wide: twice as many of "
+    "the operations around the matrices, which no quantization makes faster.",
     "`MB held` are the weights, scales and tables in memory, without caches and libraries. bf16 is widened to float32 on loading, because "
     "a processor without bf16 units multiplies it more slowly: it saves disk and nothing else.",
     "`GB/s` is `MB held` by `ms`: a token for one request reads every weight once and does two operations with it, so time is bytes over "
