@@ -134,6 +134,13 @@ def tab(page: Page, name: str) -> Locator:
     return page.get_by_role("tabpanel").filter(visible=True)
 
 
+def begin_of_text(completion: Locator, text: str) -> None:
+    """Types it once the tab is whole: the example that stands there at first would take its place."""
+    box = completion.get_by_label("Text to continue")
+    expect(box).not_to_have_value("")
+    box.fill(text)
+
+
 def text_of(engine: Engine, prompt: str, sampling: Sampling) -> str:
     return "".join(piece.text for piece in engine.complete(prompt, sampling))
 
@@ -180,8 +187,9 @@ def test_without_documents_the_model_talks_and_remembers_what_was_said(page: Pag
 
 def test_a_completion_shows_each_token_by_its_probability(page: Page, served: Served) -> None:
     completion = tab(page, "Completion")
-    completion.get_by_label("Text to continue").fill("The cat")
+    begin_of_text(completion, "The cat")
     completion.get_by_role("button", name="Continue").click()
+    expect(completion.locator(".given")).to_have_text("The cat")
     sampling = Sampling(temperature=0.8, max_tokens=8, seed=1, logprobs=ui_work.ALTERNATIVES)
     pieces = list(served.responder.engine.complete("The cat", sampling))
     drawn = [one for piece in pieces for one in piece.logprobs]
@@ -249,7 +257,7 @@ def test_evolution_puts_one_prompt_and_seed_to_every_rung_and_the_served_model(p
 
 def test_what_is_typed_or_retrieved_is_shown_and_never_run(page: Page, served: Served) -> None:
     completion = tab(page, "Completion")
-    completion.get_by_label("Text to continue").fill(HOSTILE)
+    begin_of_text(completion, HOSTILE)
     completion.get_by_role("button", name="Continue").click()
     expect(completion.locator(".given")).to_have_text(HOSTILE)
     retrieval = tab(page, "Retrieval")
@@ -269,7 +277,7 @@ def test_what_is_typed_or_retrieved_is_shown_and_never_run(page: Page, served: S
 def test_a_text_too_long_is_one_line_to_the_reader(page: Page, served: Served) -> None:
     completion = tab(page, "Completion")
     text = "cat " * 120
-    completion.get_by_label("Text to continue").fill(text)
+    begin_of_text(completion, text)
     completion.get_by_role("button", name="Continue").click()
     found = len(served.responder.engine.tokenizer.encode(text))
 
@@ -279,7 +287,7 @@ def test_a_text_too_long_is_one_line_to_the_reader(page: Page, served: Served) -
 def test_a_full_line_is_one_line_to_the_reader(page: Page, served: Served) -> None:
     completion = tab(page, "Completion")
     with held(served, LIMITS.slots + LIMITS.maximum_waiting):
-        completion.get_by_label("Text to continue").fill("The cat")
+        begin_of_text(completion, "The cat")
         completion.get_by_role("button", name="Continue").click()
         expect(completion.get_by_role("alert")).to_contain_text("are waiting already, and no more than 1 may; send it again later")
 
