@@ -199,7 +199,9 @@ def test_an_embedding_is_the_embedders_as_numbers_and_as_base64(client: OpenAI, 
         client.embeddings.create(model="tiny-embedder", input="cat " * 70)
 
 
-def test_a_chat_with_documents_cites_what_it_read_as_annotations(client: OpenAI) -> None:
+def test_a_chat_with_documents_cites_what_it_read_as_annotations(
+    client: OpenAI, responder: Responder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "What is a river?"}], "temperature": 0}
     said = client.chat.completions.create(**asked, extra_body={"documents": True}).choices[0]
     asked_directly = client.post("/../ask", body={"question": "What is a river?"}, cast_to=dict[str, Any])
@@ -211,6 +213,10 @@ def test_a_chat_with_documents_cites_what_it_read_as_annotations(client: OpenAI)
     assert [note.url_citation.title for note in cited] == [source["title"] for source in asked_directly["citations"]]
     assert cited[0].url_citation.url.startswith("urn:document:Q")
     assert 0 <= cited[0].url_citation.start_index < cited[0].url_citation.end_index <= len(said.message.content or "")
+    writer = responder.engine._writer
+    assert isinstance(writer, batching.Batcher)
+    forward = writer._forward  # a tiny model has said everything before the first frame leaves
+    monkeypatch.setattr(writer, "_forward", lambda *given: (time.sleep(0.02), forward(*given))[1])
     streamed = list(client.chat.completions.create(**asked, stream=True, extra_body={"documents": True}))
     noted = [chunk.choices[0].delta.annotations for chunk in streamed if "annotations" in (chunk.choices[0].delta.model_extra or {})]  # type: ignore[attr-defined]
     assert noted == [[note.to_dict() for note in cited]], "once, at the end"
