@@ -338,7 +338,7 @@ def test_lm_eval_scores_a_task_of_ours_as_transformers_would(
 def test_of_many_streaming_clients_none_is_cut_off_and_those_beyond_the_places_are_sent_away(address: str, responder: Responder) -> None:
     """The benchmark does it with 200 and more."""
     places = LIMITS.slots + LIMITS.maximum_waiting
-    saw = asyncio.run(serving_clients.run(serving_clients.Load(address, "tiny", 2 * places, 1, 16, key=KEY)))
+    saw = asyncio.run(serving_clients.run(serving_clients.Load(address, "tiny", 2 * places, 1, 16, key=KEY, temperature=0.0)))
 
     assert [outcome.said for outcome in saw.outcomes if outcome.how == "lost"] == []
     assert saw.count("finished") >= places
