@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -40,6 +42,7 @@ SHAPES = {
     "even": ODD.model_copy(update={"width": 64, "heads": 4, "hidden": 128}),
 }
 TEXT = 20
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda cores: f"{cores} cores")
@@ -329,10 +332,18 @@ def those_that_came(team: Team) -> list[int]:
     return came
 
 
+FORKING = """
+import os
+from tests.test_forward import TEAM, those_that_came
+
+assert len(those_that_came(TEAM)) == 2
+child = os.fork()
+if child == 0:
+    os._exit(len(those_that_came(TEAM)) - 2)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
 def test_a_process_that_was_forked_has_a_team_of_its_own() -> None:
-    """It would have waited for threads that stayed behind."""
-    assert len(those_that_came(TEAM)) == 2
-    child = multiprocessing.get_context("fork").Process(target=those_that_came, args=(TEAM,))
-    child.start()
-    child.join(30)
-    assert child.exitcode == 0
+    """It would have waited for threads that stayed behind. (In an interpreter of its own: what else runs in this one has threads too.)"""
+    subprocess.run([sys.executable, "-c", FORKING], cwd=ROOT, check=True, timeout=60)
