@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llm_from_scratch.inference import forward as forwards
 from llm_from_scratch.inference import int8, kernels
-from llm_from_scratch.inference.forward import SEVERAL, TEAM, CompiledLlama, Team, forward_of
+from llm_from_scratch.inference.forward import SEVERAL, CompiledLlama, Team, forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.quantize import Scheme, dequantized, quantize, quantized_layers
 from llm_from_scratch.model.gpt import GptParams
