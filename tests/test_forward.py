@@ -334,7 +334,8 @@ def those_that_came(team: Team) -> list[int]:
 
 FORKING = """
 import os
-from tests.test_forward import TEAM, those_that_came
+from llm_from_scratch.inference.forward import TEAM
+from tests.test_forward import those_that_came
 
 assert len(those_that_came(TEAM)) == 2
 child = os.fork()
