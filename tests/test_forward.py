@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from llm_from_scratch.inference import forward as forwards
-from llm_from_scratch.inference import int8, kernels
-from llm_from_scratch.inference.forward import SEVERAL, CompiledLlama, Team, forward_of
+from llm_from_scratch.inference import int8, intrinsics, kernels
+from llm_from_scratch.inference.forward import SEVERAL, CompiledLlama, forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.quantize import Scheme, dequantized, quantize, quantized_layers
+from llm_from_scratch.inference.team import Team
 from llm_from_scratch.model.gpt import GptParams
 from llm_from_scratch.model.llama import Llama, LlamaParams
 from llm_from_scratch.model.registry import build
@@ -267,6 +268,18 @@ def test_what_the_kernels_do_not_compute_is_not_given_to_them(change: str) -> No
     assert not forwards._is_compilable(model)
 
 
+@pytest.mark.parametrize("odd", [-1, 61])
+@pytest.mark.usefixtures("cores")
+def test_an_id_that_is_none_of_the_vocabularys_is_refused_before_anything_is_read(odd: int) -> None:
+    """A word of memory beyond the table would be taken for an embedding."""
+    model = drawn()
+    read, cache = CompiledLlama(model), SlotCache(model, 2, TEXT)
+    with pytest.raises(IndexError, match="not one of the vocabulary's"):
+        read(torch.tensor([[5, odd]]), cache.rows(0, 1, 2, [0]), True)
+    assert cache.lengths == [0, 0]
+    assert torch.allclose(read(ids_of(1, 9), cache.rows(0, 1, 9, [0]), True), model(ids_of(1, 9)), atol=1e-5)
+
+
 def test_a_function_that_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:
     """As in a container of which nothing can be written: there is no file beside which this one's machine code could lie."""
     made: dict[str, Any] = {}
@@ -276,12 +289,12 @@ def test_a_function_that_cannot_be_kept_on_disk_is_compiled_all_the_same() -> No
 
 def test_the_exponential_is_right_to_float32s_last_bits_and_nothing_is_lost_at_its_ends() -> None:
     x = np.linspace(-87, 88, 100_001).astype(np.float32)
-    found = np.array([kernels._exp(value) for value in x])
+    found = np.array([intrinsics.exp(value) for value in x])
     assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
-    assert kernels._exp(np.float32(0)) == 1
-    assert 0 <= kernels._exp(np.float32(-1e30)) < 2e-38
-    assert kernels._exp(np.float32(1e30)) > 1e38
-    assert np.isnan(kernels._exp(np.float32(np.nan)))
+    assert intrinsics.exp(np.float32(0)) == 1
+    assert 0 <= intrinsics.exp(np.float32(-1e30)) < 2e-38
+    assert intrinsics.exp(np.float32(1e30)) > 1e38
+    assert np.isnan(intrinsics.exp(np.float32(np.nan)))
 
 
 def test_forwards_from_many_threads_take_turns_and_each_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +347,7 @@ def those_that_came(team: Team) -> list[int]:
 
 FORKING = """
 import os
-from llm_from_scratch.inference.forward import TEAM
+from llm_from_scratch.inference.team import TEAM
 from tests.test_forward import those_that_came
 
 assert len(those_that_came(TEAM)) == 2

@@ -21,7 +21,7 @@ from llm_from_scratch.inference.batching import Batcher, Batching
 from llm_from_scratch.inference.decoding import context_of, evaluating
 from llm_from_scratch.inference.forward import Forward, forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
-from llm_from_scratch.inference.sampling import Sampling
+from llm_from_scratch.inference.sampling import Sampling, likeliest
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def step_seconds(model: nn.Module, prompt: Sequence[int], tokens: int) -> list[f
 def batch_step_seconds(model: nn.Module, prompt: Sequence[int], tokens: int, batch: int) -> list[float]:
     """Seconds of each of `tokens` steps of `batch` requests, each of which gets a token from every step."""
     slots, forward, logits, _ = _prompted(model, prompt, batch, tokens)
-    seconds = []
+    seconds, best = [], likeliest(logits[:, -1])
     with evaluating(model):
         for _ in range(tokens):
             started = time.perf_counter()
-            logits = forward(logits[:, -1:].argmax(-1), slots.rows(0, batch, 1, range(batch)), False)
-            logits[0, -1, 0].item()  # waits for a card
+            logits = forward(torch.tensor(best, device=slots.device)[:, None], slots.rows(0, batch, 1, range(batch)), False)
+            best = likeliest(logits[:, -1])  # waits for a card
             seconds.append(time.perf_counter() - started)
     return seconds
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from llm_from_scratch.inference.draft import Draft
 from llm_from_scratch.inference.forward import forward_of
 from llm_from_scratch.inference.kv_cache import SlotCache
 from llm_from_scratch.inference.lookup import Lookup
-from llm_from_scratch.inference.sampling import Sampling, TokenLogprob, log_probability, pick
+from llm_from_scratch.inference.sampling import Sampling, TokenLogprob, likeliest, log_probability, pick
 
 Drawn = tuple[int, TokenLogprob | None]
 CLOSED = "the engine was closed; open it again"
@@ -92,10 +93,10 @@ class Request:
         self.over = False
         self.error: Exception | None = None
 
-    def take(self, logits: Tensor, likeliest: int | None = None) -> int | None:
+    def take(self, logits: Tensor, best: int | None = None) -> int | None:
         """The next token, from logits (V,) or already found; None where the text is over."""
         sampling = self.sampling
-        token = pick(logits, sampling, self.generator, self.ids, self.prompt) if likeliest is None else likeliest
+        token = pick(logits, sampling, self.generator, self.ids, self.prompt) if best is None else best
         if token in self.ends:
             self.over = True
             return None
@@ -259,7 +260,7 @@ class Batcher:
     def _run(self, ids: list[list[int]], first: int, reading: Collection[int], every: bool) -> Tensor:
         """Logits (B, T, V), or of the last place only, of ids (B, T) in the slots from `first` on."""
         rows = self._cache.rows(first, len(ids), len(ids[0]), reading)
-        return self._forward(torch.tensor(ids, device=self._cache.device), rows, every)
+        return self._forward(torch.from_numpy(np.array(ids)).to(self._cache.device), rows, every)
 
     def _read_chunk(self, slot: int, request: Request) -> None:
         begin = request.start + self._cache.lengths[slot]
@@ -277,20 +278,21 @@ class Batcher:
         tokens = [[0] for _ in range(first, behind)]
         for slot, request in ready:
             tokens[slot - first] = [request.ids[-1]]
-        logits = self._run(tokens, first, slots, every=False)[:, -1]
+        logits = self._run(tokens, first, slots, every=False).squeeze(1)
         with choosing(logits):
-            likeliest = logits.argmax(-1).tolist() if any(request.sampling.plain for _, request in ready) else []
+            best = likeliest(logits) if any(request.sampling.plain for _, request in ready) else []
+            rows = logits.unbind()
             for slot, request in ready:
-                row, found = logits[slot - first], likeliest[slot - first] if request.sampling.plain else None
-                self._guarded([request], partial(self._take, request, row, found))
+                found = best[slot - first] if request.sampling.plain else None
+                self._guarded([request], partial(self._take, request, rows[slot - first], found))
 
     def _look_ahead(self, slot: int, request: Request) -> None:
         """Reads the newest token and a guess of those behind it, and takes tokens as long as they are as guessed."""
         guess = self._guess(slot, request)
         logits = self._run([[request.ids[-1], *guess]], slot, [slot], every=True)[0]
         with choosing(logits):
-            likeliest = logits.argmax(-1).tolist() if request.sampling.plain else [None] * len(logits)
-            for row, found, expected in zip(logits, likeliest, [*guess, None], strict=True):
+            best = likeliest(logits) if request.sampling.plain else [None] * len(logits)
+            for row, found, expected in zip(logits, best, [*guess, None], strict=True):
                 if self._take(request, row, found) != expected or request.over:
                     break
         self._cache.lengths[slot] = len(request.ids) - request.start - 1
@@ -304,7 +306,7 @@ class Batcher:
         ends, most = request.ends, min(self.batching.draft, room)
         return self._draft.guess(slot, request.ids, request.prompt, sampling, request.generator, ends, most)
 
-    def _take(self, request: Request, logits: Tensor, likeliest: int | None = None) -> int | None:
-        token = request.take(logits, likeliest)
+    def _take(self, request: Request, logits: Tensor, best: int | None = None) -> int | None:
+        token = request.take(logits, best)
         self._generated += token is not None
         return token

@@ -13,26 +13,23 @@ Shapes: B rows, T tokens, M = B · T, V vocabulary, L layers, C width.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from functools import partial
-from queue import SimpleQueue
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm_from_scratch.inference.decoding import number_of_threads
 from llm_from_scratch.inference.int8 import Dynamic, Int8Linear, WeightOnly
-from llm_from_scratch.inference.kv_cache import SlotCache, SlotRows
+from llm_from_scratch.inference.kv_cache import Array, SlotCache, SlotRows
+from llm_from_scratch.inference.team import TEAM
 from llm_from_scratch.model.llama import Block, Llama
 from llm_from_scratch.model.rung import Rung, past_of
 
 Forward = Callable[[Tensor, SlotRows, bool], Tensor]
 """ids (B, T), where they go, and whether all logits are wanted: (B, T, V), or (B, 1, V) of the last place only."""
-Array = NDArray[Any]
 SEVERAL = 16
 """Tokens up to which the compiled forward is faster than the model's own."""
 SMALL = 2**20
@@ -64,9 +61,9 @@ class CompiledLlama:
         layers = np.array([[0 if tensor is None else tensor.data_ptr() for tensor in held] for held in self._held])
         like, rounded = _array(self._held[0][kernels.Q]), isinstance(cast(Block, trunk.layers[0]).mlp.up_proj, Dynamic)
         last = (_array(trunk.norm.weight)[None], _array(head.weight), _array(_scale(head)), isinstance(head, Dynamic))
-        self._table = _array(trunk.embed_tokens.weight)
+        self._vocabulary, table = model.vocab_size, _array(trunk.embed_tokens.weight)
         turns = _array(trunk.cos)[:, 0], _array(trunk.sin)[:, 0]
-        self._parts = (layers, like, rounded, last, float(model.shape.norm_eps), far, turns)
+        self._parts = (table, layers, like, rounded, last, float(model.shape.norm_eps), far, turns)
         self._rooms: dict[tuple[int, int], tuple[Array, ...]] = {}
         self(torch.zeros(1, 1, dtype=torch.int64), SlotCache(model, 1, 1).rows(0, 1, 1, ()), False)  # or the first request would wait
 
@@ -74,17 +71,14 @@ class CompiledLlama:
         B, T = ids.shape
         tokens = B * T
         cores = torch.get_num_threads() if self._parameters * tokens > SMALL else 1
-        x, *rest, spares = self._room(tokens, cores)
-        x[:tokens] = self._table[ids.flatten().numpy()]
         if rows.length + T > self._shape.context:
             raise ValueError(f"found {rows.length + T} tokens, the context holds {self._shape.context}; give the last of them only")
-        slots, places = rows.targets()
-        wanted = np.arange(tokens) if every else np.arange(T - 1, tokens, T)
-        logits = np.empty((self._padded(len(wanted)), len(self._table)), np.float32)
-        state = (rows.cache.addresses, rows.cache.shape, (x, *rest), spares, slots, places, wanted, logits)
+        each = 1 if every else T
+        logits = np.empty((self._padded(tokens // each), self._vocabulary), np.float32)
+        state = (_array(ids.contiguous()), *rows.targets(), rows.cache.addresses, rows.cache.shape, self._room(tokens, cores), each, logits)
         TEAM.run(lambda core, meeting: self._kernels.forward(core, cores, meeting, self._parts, state), cores)
         rows.advance(T)
-        return torch.from_numpy(logits[: len(wanted)]).view(B, -1, len(self._table))
+        return torch.from_numpy(logits[: tokens // each]).view(B, -1, self._vocabulary)
 
     def _room(self, tokens: int, cores: int) -> tuple[Array, ...]:
         """Padded room for x, for what is made of it in between, and a spare x for each core."""
@@ -101,63 +95,10 @@ class CompiledLlama:
         return -(-tokens // self._kernels.TILE) * self._kernels.TILE
 
 
-class Team:
-    """Threads that do a piece of work together with the one that asks for it, one piece at a time.
-
-    OpenMP gives every thread that asks a team of its own, and the teams of sixteen callers would take turns on the same two cores.
-    """
-
-    def __init__(self) -> None:
-        self._turn = threading.Lock()
-        self._others: list[SimpleQueue[Callable[[], None]]] = []
-
-    def run(self, work: Callable[[int, Array], None], cores: int) -> None:
-        """`work` with the number of each core, and where they meet: 0, and 0 as long as all go on. Raises what any of them raised."""
-        meeting, errors, done = np.zeros(2, np.int64), list[BaseException](), SimpleQueue[int]()
-
-        def take_part(core: int) -> None:
-            try:
-                work(core, meeting)
-            except BaseException as error:
-                errors.append(error)
-                meeting[1] = 1
-            done.put(core)
-
-        if cores == 1:
-            work(0, meeting)
-            return
-        with self._turn:
-            while len(self._others) < cores - 1:
-                self._hire()
-            try:
-                for core, other in enumerate(self._others[: cores - 1], 1):
-                    other.put(partial(take_part, core))
-                take_part(0)
-            finally:
-                meeting[1] = 1  # whatever happened, nobody waits for this core any more
-            if errors:
-                for _ in range(cores):
-                    done.get()  # or the next forward would write where somebody still reads
-                raise errors[0]
-
-    def _hire(self) -> None:
-        jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        threading.Thread(target=_serve, args=(jobs,), name="core", daemon=True).start()
-        self._others.append(jobs)
-
-
-TEAM = Team()
-if os.name == "posix":  # threads stay behind when a process forks, and nobody would come
-    os.register_at_fork(after_in_child=lambda: Team.__init__(TEAM))
-
-
-def _serve(jobs: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        jobs.get()()
-
-
 def _is_compilable(model: Llama) -> bool:
     """Whether all of it is what `kernels` computes: in float32 on a CPU, in its matrices our 8 bits or none, and no matrix below a tile."""
+    from llm_from_scratch.inference.kernels import TILE
+
     blocks = [cast(Block, block) for block in model.model.layers]
     attention = {type(layer) for block in blocks for layer in block.self_attn.children() if not isinstance(layer, nn.RMSNorm)}
     mlp = {type(layer) for block in blocks for layer in block.mlp.children()}
@@ -165,7 +106,7 @@ def _is_compilable(model: Llama) -> bool:
     plain = all(weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous() for weight in weights)
     ends = type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) in (type(None), nn.Linear, WeightOnly, Dynamic)
     biased = any(getattr(layer, "bias", None) is not None for layer in model.modules())
-    large = min(shape.width, shape.hidden, shape.vocab_size, shape.kv_heads * shape.head_dim) >= 4
+    large = min(shape.width, shape.hidden, shape.vocab_size, shape.kv_heads * shape.head_dim) >= TILE
     kinds = (attention, mlp) in (({nn.Linear},) * 2, ({WeightOnly},) * 2, ({WeightOnly}, {Dynamic}))
     return os.name == "posix" and plain and ends and not biased and large and kinds
 

@@ -26,7 +26,7 @@ from numba import carray, njit
 from numpy.typing import NDArray
 
 from llm_from_scratch.inference.int8 import STEPS
-from llm_from_scratch.inference.intrinsics import arrive, float_of, let_others, pointer, prefetch, read
+from llm_from_scratch.inference.intrinsics import SUMS, arrive, exp, let_others, pointer, prefetch, read
 
 Floats = NDArray[np.float32]
 Whole = NDArray[np.int64]
@@ -40,8 +40,6 @@ FEW = 2
 """Tokens that are quicker one by one than in a tile that is half empty."""
 PATIENCE = 2000
 """How often a core looks for the others before it lets another thread take its place."""
-SUMS = {"reassoc", "contract", "nsz", "arcp"}
-"""What a compiler may do to sums, so that it can take several terms at once. Infinities and NaN stay what they are."""
 TINY = np.finfo(np.float32).tiny
 BEFORE_ATTENTION, BEFORE_MLP, Q_NORM, K_NORM, Q, K, V, OUT, GATE, UP, DOWN, SCALES = range(12)
 """Places of a layer's addresses: norms, matrices, and behind them, in the same order, the matrices' scales."""
@@ -59,17 +57,20 @@ def _kept(function: Callable[..., Any]) -> Any:
 def forward(core: int, cores: int, meeting: Whole, model: tuple[Any, ...], state: tuple[Any, ...]) -> None:
     """This core's share of a forward. `meeting` holds 0 and 0; a core that cannot come sets the second to 1, and nobody waits any more.
 
-    The `model` is: addresses of each layer (L, 18; see BEFORE_ATTENTION; a norm at 0 is none), of matrices of the type of `like`; whether
-    the MLPs' activations are rounded to 8 bits; the head's norm (1, C), weights, scales, and whether it rounds, too; the norms' epsilon;
-    whether weights come from memory (`far`); and cosines and signed sines of all places, (T, D).
+    The `model` is: embeddings (V, C); addresses of each layer (L, 18; see BEFORE_ATTENTION; a norm at 0 is none), of matrices of the type
+    of `like`; whether the MLPs' activations are rounded to 8 bits; the head's norm (1, C), weights, scales, and whether it rounds, too; the
+    norms' epsilon; whether weights come from memory (`far`); and cosines and signed sines of all places, (T, D).
 
-    The `state` is: addresses of keys and values, (L, 2), and the shape of each, (slots, S, G, D); room for x (M, C), its first tokens
-    filled, for queries, keys and values side by side, what attention gathers, gate, up, and what they make (M, I); a spare x for each core;
-    slot and place of each token; which tokens' logits are wanted, and room for them.
+    The `state` is: ids (B, T), the slot of the first row, and where each row begins in its slot, (B,); addresses of keys and values, (L, 2),
+    and the shape of each, (slots, S, G, D); room for x (M, C), for queries, keys and values side by side, what attention gathers, gate, up,
+    and what they make (M, I), and a spare x for each core; of how many tokens one's logits are wanted (`each`), and room for them.
+
+    Raises IndexError for an id that is none of the vocabulary's.
     """
-    layers, like, rounded, head, eps, far, turns = model
-    stored, store, room, spares, slots, places, wanted, logits = state
-    x, qkv, mixed, gate, up, gated = room
+    table, layers, like, rounded, head, eps, far, turns = model
+    ids, first, starts, stored, store, room, each, logits = state
+    x, qkv, mixed, gate, up, gated, spares = room
+    slots, places = _read(ids, table, first, starts, x)
     G, D = store[2:]
     tokens, spare, met, scores, H, C = len(slots), spares[core], 0, np.empty(store[1], np.float32), mixed.shape[1] // D, x.shape[1]
     for layer in range(len(layers)):
@@ -101,22 +102,38 @@ def forward(core: int, cores: int, meeting: Whole, model: tuple[Any, ...], state
         _product(at, DOWN, like, C, gated, spare, 0, tokens, far, core, cores)
         _add(x, spare, tokens, core, cores)
         met = _meet(meeting, met, cores)
-    _last(x, head, eps, far, spare, wanted, logits, core, cores)
+    _last(x, tokens // each, each, head, eps, far, spare, logits, core, cores)
     _meet(meeting, met, cores)
 
 
 @njit(error_model="numpy")
-def _last(x: Floats, head: Any, eps: float, far: bool, spare: Floats, wanted: Whole, logits: Floats, core: int, cores: int) -> None:
-    """This core's share of the `wanted` tokens' logits (M, V)."""
-    norm, weights, scale, rounded = head
-    for token in range(len(wanted)):
+def _read(ids: Whole, table: Floats, first: int, starts: Whole, x: Floats) -> tuple[Whole, Whole]:
+    """Slot and place of each token, (M,). Fills x, each core all of it: the same numbers, and nobody has to wait for them."""
+    slots, places, T = np.empty(ids.size, np.int64), np.empty(ids.size, np.int64), ids.shape[1]
+    for token in range(ids.size):
+        found = ids[token // T, token % T]
+        if not 0 <= found < len(table):
+            raise IndexError("a token id is not one of the vocabulary's; encode with this model's tokenizer")
+        slots[token], places[token] = first + token // T, starts[token // T] + token % T
         for place in range(x.shape[1]):
-            spare[token, place] = x[wanted[token], place]
-    _norm(spare, 0, len(wanted), norm, eps, spare)
+            x[token, place] = table[found, place]
+    return slots, places
+
+
+@njit(error_model="numpy")
+def _last(
+    x: Floats, wanted: int, each: int, head: Any, eps: float, far: bool, spare: Floats, logits: Floats, core: int, cores: int
+) -> None:
+    """This core's share of the logits (M, V) of every `each`-th token."""
+    norm, weights, scale, rounded = head
+    for token in range(wanted):
+        for place in range(x.shape[1]):
+            spare[token, place] = x[token * each + each - 1, place]
+    _norm(spare, 0, wanted, norm, eps, spare)
     if rounded:
-        _round(spare, len(wanted))
+        _round(spare, wanted)
     begin, end = _share(logits.shape[1], core, cores)
-    _multiply(weights, scale, spare, logits, 0, len(wanted), far, begin, end)
+    _multiply(weights, scale, spare, logits, 0, wanted, far, begin, end)
 
 
 @njit(error_model="numpy")
@@ -245,7 +262,7 @@ def _attend(
             scores[place] = score * share
             largest = max(largest, scores[place])
         for place in range(seen):
-            scores[place] = _exp(scores[place] - largest)
+            scores[place] = exp(scores[place] - largest)
             total += scores[place]
         for part in range(D):
             answers[query, part] = 0
@@ -279,28 +296,13 @@ def _round(x: Floats, tokens: int) -> None:
 
 
 @njit(fastmath=SUMS, error_model="numpy")
-def _exp(x: Any) -> Any:
-    """e to the x in float32 but for its last bit, and unlike libm's for several x at once: 2**n by its bits, and Cephes' polynomial."""
-    x = min(max(x, np.float32(-87)), np.float32(88))
-    n = np.rint(x * np.float32(1.44269504))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    found = np.float32(1.9875691500e-4)
-    found = found * r + np.float32(1.3981999507e-3)
-    found = found * r + np.float32(8.3334519073e-3)
-    found = found * r + np.float32(4.1665795894e-2)
-    found = found * r + np.float32(1.6666665459e-1)
-    found = found * r + np.float32(5.0000001201e-1)
-    return (found * r * r + r + np.float32(1)) * float_of(np.int32((n + np.float32(127)) * np.float32(1 << 23)))
-
-
-@njit(fastmath=SUMS, error_model="numpy")
 def _silu(gate: Floats, up: Floats, gated: Floats, tokens: int, core: int, cores: int) -> None:
     """silu(gate) · up, this core's share of (M, I). (Not in place: a tile that reaches back may write to another core's share of gate.)"""
     begin, end = _share(gate.shape[1], core, cores)
     for token in range(tokens):
         some, other, found = gate[token, begin:end], up[token, begin:end], gated[token, begin:end]
         for place in range(len(some)):
-            found[place] = some[place] / (np.float32(1) + _exp(-some[place])) * other[place]
+            found[place] = some[place] / (np.float32(1) + exp(-some[place])) * other[place]
 
 
 @njit(error_model="numpy")

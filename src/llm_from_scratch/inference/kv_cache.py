@@ -145,10 +145,9 @@ class SlotRows:
         for slot in self._reading:
             self.cache.lengths[slot] += tokens
 
-    def targets(self) -> tuple[Array, Array]:
-        """Slot and place of each new token, (B · T,), for code that is not torch's; it finds keys and values at the cache's `addresses`."""
-        slots = np.repeat(np.arange(self._first, self._first + self._count), self._tokens)
-        return slots, np.add.outer(np.array(self._starts), np.arange(self._tokens)).ravel()
+    def targets(self) -> tuple[int, Array]:
+        """The first slot, and where each row's new tokens begin, (B,), for code that is not torch's; keys and values are at `addresses`."""
+        return self._first, np.array(self._starts)
 
     @property
     def _alone(self) -> bool:
