@@ -85,7 +85,7 @@ docs: setup ## README, report, weeks, posts and lessons as a site in var/site; a
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 	@echo "var/site/index.html"
 
-video: setup ## two minutes of a finished build, filmed anew; wants chromium and ffmpeg
+video: setup ## a minute and a half of a finished build, filmed anew; wants chromium and ffmpeg
 	python -m pipelines video
 
 # What looks at the project without being part of it, each in an environment of its own, at the version that .github/requirements.txt names.

@@ -61,8 +61,8 @@ NOTES = [
     "loaded; at this size most of that are activations, which all methods have. `kept MB` is what each must keep between steps: weights as "
     "they are stored, and gradients and moments of what is trained.",
     "`qlora, packed again` is its adapter merged into the weights and rounded to 4 bits once more, which nobody trained against.",
-    "With 400 questions an accuracy is known to about 4.5 points either way, so none of these is shown to choose better than another, "
-    "and hardly any better than by chance (0.25); what they learned is the form of the answers, which the loss shows.",
+    "By chance `accuracy` would be 0.25, and with 400 questions it is known to about 5 points either way, so few of its differences are "
+    "shown. The base has been taught to read already (week 6); what fine-tuning adds is the form of the answers, which the loss shows.",
     "Adapters need no less memory than full training at this size, but more: the detours have activations of their own.",
     "What is measured is the model with its adapter merged in float32, which gives the attached one's logits to 1e-5.",
 ]

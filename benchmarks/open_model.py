@@ -87,6 +87,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "prompt": PROMPT,
         **table.packages("transformers"),
+        **({"llama-cpp-python": version_of(arguments.llama_cpp)} if arguments.llama_cpp else {}),
     }
     said = [] if arguments.llama_cpp else ["llama.cpp was not run: no interpreter that has llama-cpp-python was named by `--llama-cpp`."]
     table.write(
@@ -99,6 +100,7 @@ NOTES = [
     "the time of transformers' `generate` by the row's, `of llama.cpp` that of llama.cpp at Q8_0 by the row's, round by round.",
     "`same ids` counts how many tokens from the start are those of our fp32. llama.cpp at Q8_0 rounds activations to eight bits as well, "
     "so it may leave at a near tie; at F16 it rounds the weights alone.",
+    "An open model becomes a bundle by `python -m stages import`; llama.cpp's rows want `--llama-cpp`, an interpreter that has it.",
     "llama.cpp runs in a process of its own with as many threads as torch. It is timed around one evaluation and the choice of the "
     "likeliest token, without its samplers; ours is timed at the engine's public `complete`, text and all.",
     "Ours at int8 looks tokens up in float32 and multiplies by an 8-bit copy of the same matrix where it is large; Q8_0 does both in eight "
@@ -204,6 +206,12 @@ class Clock:
 
     def end(self) -> None:
         """Nothing is held back."""
+
+
+def version_of(python: str) -> str:
+    """The llama-cpp-python that an interpreter has."""
+    asked = [python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def llama_cpp_run(python: str, path: Path, prompt: list[int], tokens: int) -> Callable[[], Run]:

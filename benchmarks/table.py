@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
     card = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     found = cpuinfo.get_cpu_info()
     return {
-        "cpu": found.get("brand_raw", platform.machine()),
+        "cpu": f"{found.get('brand_raw', platform.machine())} (family {found.get('family')}, model {found.get('model')})",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "avx512": "avx512f" in found.get("flags", []),

@@ -103,16 +103,19 @@ def _serving(commands: Commands) -> None:
         closed.add_argument(
             "--api-key-file", default="", help="where it is served, a file with the key that clients must bear (default: none)"
         )
-        closed.add_argument(
-            "--champion", action="store_true", help="the registry's champions, whatever evaluate chose last (default: what it chose)"
-        )
     serve.set_defaults(do=_serve)
 
     reload = commands.add_parser("reload", help="store the chosen model and let a running server take it over, with nobody cut off")
     reload.add_argument("--url", default="http://127.0.0.1:3000", help="the server (default: http://127.0.0.1:3000)")
     reload.add_argument("--api-key-file", default="", help="the file with the server's key, if it has one (default: none)")
-    reload.add_argument("--champion", action="store_true", help="the registry's champions, whatever evaluate chose last")
     reload.set_defaults(do=_reload)
+    for command in (package, serve, reload):
+        command.add_argument(
+            "--champion", action="store_true", help="the registry's champions, whatever evaluate chose last (default: what it chose)"
+        )
+        command.add_argument(
+            "--index", type=Path, help="answer from this one, such as var/index of `stages documents` (default: artifacts/index)"
+        )
 
     smoke = commands.add_parser("serve-smoke", help="package, serve on a free port, ask, check whose answer it is, and stop")
     smoke.set_defaults(do=_serve_smoke)
@@ -205,19 +208,19 @@ def _restore(arguments: argparse.Namespace) -> None:
 def _package(arguments: argparse.Namespace) -> None:
     from pipelines.bento import package
 
-    print(package(Path.cwd(), arguments.api_key_file, arguments.champion))
+    print(package(Path.cwd(), arguments.api_key_file, arguments.champion, arguments.index))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from pipelines.bento import serve
 
-    return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file, arguments.champion)
+    return serve(Path.cwd(), arguments.host, arguments.port, arguments.api_key_file, arguments.champion, arguments.index)
 
 
 def _reload(arguments: argparse.Namespace) -> None:
     from pipelines.bento import reload
 
-    print(reload(Path.cwd(), arguments.url, arguments.api_key_file, arguments.champion))
+    print(reload(Path.cwd(), arguments.url, arguments.api_key_file, arguments.champion, arguments.index))
 
 
 def _serve_smoke(_: argparse.Namespace) -> None:

@@ -24,24 +24,24 @@ RELOAD_SECONDS = 600
 """The new model is read, checked and opened before the server answers."""
 
 
-def package(root: Path, api_key_file: str, champion: bool = False) -> str:
+def package(root: Path, api_key_file: str, champion: bool = False, index: Path | None = None) -> str:
     """The tag of a Bento of what `store` put into BentoML's store. Raises as that does."""
-    return bento.build(root, store(root, champion), api_key_file)
+    return bento.build(root, store(root, champion, index), api_key_file)
 
 
-def store(root: Path, champion: bool = False) -> str:
+def store(root: Path, champion: bool = False, index: Path | None = None) -> str:
     """The tag, in BentoML's store, of the model that `evaluate` chose to serve, with index, embedder and the ladder's smaller models.
 
-    With `champion`, model and index are those that the registry has as champions, whatever evaluate chose last. Raises BundleError where
-    one is missing or damaged, and ParamsError and ValueError before any work.
+    With `champion`, model and index are those that the registry has as champions, whatever evaluate chose last; an `index` that is named
+    goes before either. Raises BundleError where one is missing or damaged, and ParamsError and ValueError before any work.
     """
     params = config.parse(read_yaml(root / "params.yaml"), "params.yaml")
     artifacts = root / "artifacts"
-    model, index = champions(root) if champion else (artifacts / "models" / served(root), artifacts / "index")
+    model, built = champions(root) if champion else (artifacts / "models" / served(root), artifacts / "index")
     embedder = artifacts / "raw" / params.index.embedder
     ladder = {name: artifacts / "models" / name for name in params.train}
     shown = {name: folder for name, folder in ladder.items() if _bytes(folder) <= SHOWN_BYTES}
-    return bento.package(model, index, embedder, params.serve, shown)
+    return bento.package(model, index or built, embedder, params.serve, shown)
 
 
 def champions(root: Path) -> tuple[Path, Path]:
@@ -59,21 +59,21 @@ def served(root: Path) -> str:
         raise ValueError(f"{verdict} names no model to serve; dvc repro evaluate chooses one") from None
 
 
-def serve(root: Path, host: str, port: int, api_key_file: str, champion: bool = False) -> NoReturn:
+def serve(root: Path, host: str, port: int, api_key_file: str, champion: bool = False, index: Path | None = None) -> NoReturn:
     """Package, then become the server. Raises ValueError, before any work, where the address is taken or the file holds no key."""
     bento.require_free(host, port)
     if api_key_file:
         read_key(Path(api_key_file))
         api_key_file = str(Path(api_key_file).resolve())
-    bento.serve(package(root, api_key_file, champion), host, port)
+    bento.serve(package(root, api_key_file, champion, index), host, port)
 
 
-def reload(root: Path, url: str, api_key_file: str, champion: bool = False) -> str:
-    """Store the chosen model, or the champion, and let the server at `url` take it over; what came of it, in a line.
+def reload(root: Path, url: str, api_key_file: str, champion: bool = False, index: Path | None = None) -> str:
+    """Store what `store` chooses, and let the server at `url` take it over; what came of it, in a line.
 
     The server has to have the same store. Nobody who is being answered is cut off. Raises ValueError where it refuses or is not there.
     """
-    tag = store(root, champion)
+    tag = store(root, champion, index)
     headers = {"Content-Type": "application/json"}
     if api_key_file:
         headers["Authorization"] = f"Bearer {read_key(Path(api_key_file))}"

@@ -206,7 +206,7 @@ def using(camera: Camera, service: str) -> None:
     """The page of the service: a question, and what is behind an answer."""
     page = camera.page
     go(camera, f"{service}/ui/", "role=tab[name='Chat']")
-    camera.say("The second command is make serve. The chat answers from passages, and shows them.", 1.5)
+    camera.say("make serve: the chat answers from passages, and shows them.", 1.5)
     chat(camera)
     page.wait_for_timeout(4000)
     for name, button, shown, caption in TABS:

@@ -1,7 +1,7 @@
 """Documents that come and go beside the graph: `python -m stages documents --add FOLDER --remove ID`.
 
 What is new is embedded, and nothing else. The graph's own index stays as it is, as dvc repro would only build it again: a new one is sealed
-beside it, and can be changed further (`--source var/index`).
+beside it, can be changed further (`--source var/index`), and is answered from by `python -m pipelines serve --index var/index`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main(given: Sequence[str]) -> None:
         parser.error("nothing to do; give --add, --remove, or both")
     come, gone = change(Path("artifacts/raw"), asked.add, asked.remove, asked.source, asked.target)
     print(f"{come} passages came, {gone} went; the index is in {asked.target}", file=sys.stderr)
+    print(f"to answer from it: python -m pipelines serve --index {asked.target}, or reload --index where one runs", file=sys.stderr)
 
 
 def change(raw: Path, add: Path | None, remove: Sequence[str], source: Path, target: Path) -> tuple[int, int]:

@@ -22,9 +22,9 @@ from llm_from_scratch.evaluation.heatmaps import attention_of
 from llm_from_scratch.evaluation.limits import limits, material
 from llm_from_scratch.evaluation.mixture import count, mixture
 from llm_from_scratch.evaluation.promotion import Rule, Scores
-from llm_from_scratch.evaluation.retrieval import CONDITIONS, graded, replies_by_condition, retrieval_quality
+from llm_from_scratch.evaluation.retrieval import CONDITIONS, graded, passages_for, replies_by_condition, retrieval_quality
 from llm_from_scratch.evaluation.scores import Exam, scores_of, search_units
-from llm_from_scratch.evaluation.searching import search_limits
+from llm_from_scratch.evaluation.searching import citations, search_limits
 from llm_from_scratch.evaluation.selection import choose
 from llm_from_scratch.inference.engine import Engine
 from llm_from_scratch.inference.quantize import load_bundle
@@ -34,7 +34,7 @@ from llm_from_scratch.model.rung import Rung
 from llm_from_scratch.report import book, compared, figures, gather
 from llm_from_scratch.retrieval.embed import Embedder
 from llm_from_scratch.retrieval.index import Index
-from llm_from_scratch.retrieval.rag import answer
+from llm_from_scratch.retrieval.rag import answer, form_of
 from llm_from_scratch.training.plan import TrainParams
 
 HEATMAPS = ("attention", "gpt")
@@ -118,7 +118,9 @@ def ask(params: Params, artifacts: Path, model: str) -> tuple[dict[str, Any], li
         }
         for question in asked[:ILLUSTRATED]
     ]
-    weak = {model: {"answers": answering(asked, found)}, "retriever": search_limits(index, asked)}
+    read = passages_for("retrieved", asked, index, params.evaluate, form_of(engine.tokenizer))
+    cited = citations(asked, found["retrieved"], read, index.params.search.support)
+    weak = {model: {"answers": answering(asked, found), "citations": cited}, "retriever": search_limits(index, asked)}
     return {"rag": conditions, "retrieval": retrieval_quality(index, asked)}, illustrated, weak
 
 

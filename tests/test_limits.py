@@ -19,7 +19,7 @@ from llm_from_scratch.evaluation.likelihood import score
 from llm_from_scratch.evaluation.limits import CardParams, limits, material
 from llm_from_scratch.evaluation.memorization import MemorizationParams, beginnings, exactly, memorization, repeated, runs_of
 from llm_from_scratch.evaluation.retrieval import Reply, ranks_of_answers
-from llm_from_scratch.evaluation.searching import search_limits
+from llm_from_scratch.evaluation.searching import citations, search_limits
 from llm_from_scratch.evaluation.topics import bits_by_topic
 from llm_from_scratch.model.llama import LlamaParams
 from llm_from_scratch.model.ngram import NGram
@@ -235,6 +235,22 @@ def test_the_limits_of_search_are_those_of_its_ranks(tmp_path: Path) -> None:
     assert found["described"]["bm25"]["recall_at_1"] == 0.25, "the same words for all, and only the river runs to the sea"
     near = index.search_all([question.question for question in questions], 1, "dense")
     assert found["refused"] == np.mean([hits[0].score < index.params.search.minimum_similarity for hits in near])
+
+
+def test_what_a_citation_is_worth_worked_by_hand() -> None:
+    """Three words of four are right; wrong is only what has none of them, and an answer may be neither."""
+    wanted, source = "Long river in Africa", "The Nile is a long river. Many fish live in it."
+    said = ["Long river in Asia", "Long river in Europe where oxen graze", "River of ice", "Many fish", "Kind of bread", "Fish of bread"]
+    questions = [Question("", "What is the Nile?", wanted, (), "", f"Q{place}", "") for place in range(len(said))]
+    found = citations(questions, [Reply((), text) for text in said], [[source]] * len(said), least=0.5)
+
+    assert found == {"right": 2, "wrong": 3, "right_cited": 0.5, "wrong_cited": pytest.approx(2 / 3)}
+    assert citations(questions[:2], [Reply((), "River of ice")] * 2, [[source]] * 2, 0.5) == {
+        "right": 0,
+        "wrong": 0,
+        "right_cited": 0,
+        "wrong_cited": 0,
+    }
 
 
 # --- energy -----------------------------------------------------------------------------------------------------------------------

@@ -638,10 +638,9 @@ def test_the_bento_takes_over_another_model_of_its_store_and_the_first_one_again
     assert "python -m pipelines reload stores" in wrong["message"]
 
 
-@pytest.mark.slow
-def test_one_command_lets_a_running_server_take_over_the_model_that_is_chosen_now(
-    server: str, built: Built, parts: Parts, tmp_path: Path
-) -> None:
+@pytest.fixture
+def command(built: Built, parts: Parts, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m` what it is called with, in a project whose graph has chosen `parts.floats` to serve."""
     params = YAML(typ="safe").load(ROOT / "params.yaml")
     models, raw = tmp_path / "artifacts" / "models", tmp_path / "artifacts" / "raw"
     models.mkdir(parents=True)
@@ -649,24 +648,57 @@ def test_one_command_lets_a_running_server_take_over_the_model_that_is_chosen_no
     (tmp_path / "params.yaml").symlink_to(ROOT / "params.yaml")
     (tmp_path / "artifacts" / "index").symlink_to(parts.index)
     (raw / params["index"]["embedder"]).symlink_to(parts.embedder)
+    (raw / "tiny").symlink_to(parts.embedder)
     for name in (*params["train"], "chosen"):
         (models / name).symlink_to(parts.floats)
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports" / "verdict.json").write_text('{"served": "chosen"}', encoding="utf-8")
     here = built.environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
 
-    def command(*more: str) -> subprocess.CompletedProcess[str]:
-        told = [sys.executable, "-m", "pipelines", "reload", *more]
-        return subprocess.run(told, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120, check=False)
+    def run(*told: str) -> subprocess.CompletedProcess[str]:
+        whole = [sys.executable, "-m", *told]
+        return subprocess.run(whole, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=120, check=False)
 
+    return run
+
+
+@pytest.mark.slow
+def test_one_command_lets_a_running_server_take_over_the_model_that_is_chosen_now(
+    server: str, built: Built, parts: Parts, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     digests = [bundle.read_manifest(folder).digest[:12] for folder in (parts.floats, parts.model)]
-    said = command("--url", server)
+    said = command("pipelines", "reload", "--url", server)
     assert said.stdout.startswith(f"{server} answers with {digests[0]}…"), said.stderr
     assert said.stdout.endswith(f"before with {digests[1]}…\n")
-    assert httpx2.get(f"{server}/v1/models", timeout=30).json()["data"][0]["id"] == params["serve"]["model_name"]
-    nobody = command("--url", f"http://127.0.0.1:{free_port()}")
+    assert (
+        httpx2.get(f"{server}/v1/models", timeout=30).json()["data"][0]["id"]
+        == YAML(typ="safe").load(ROOT / "params.yaml")["serve"]["model_name"]
+    )
+    nobody = command("pipelines", "reload", "--url", f"http://127.0.0.1:{free_port()}")
     assert nobody.stderr.startswith("pipelines reload: nobody answers at http://127.0.0.1:")
     assert nobody.stderr.count("\n") == 1
+    assert httpx2.post(f"{server}/admin/reload", json={"model": built.models[0]}, timeout=120).status_code == 200
+
+
+@pytest.mark.slow
+def test_documents_of_ones_own_are_added_and_a_running_server_answers_from_them(
+    server: str, built: Built, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "boiler.md").write_text("# Boiler\n\nThe boiler stands in the cellar behind the door.\n", encoding="utf-8")
+
+    def found() -> list[str]:
+        asked = {"query": "Where is the boiler in the cellar?", "mode": "bm25"}
+        return [hit["document"] for hit in httpx2.post(f"{server}/retrieve", json=asked, timeout=60).json()["data"]]
+
+    before, added = found(), command("stages", "documents", "--add", "notes")
+    assert added.returncode == 0, added.stderr
+    assert "python -m pipelines serve --index var/index" in added.stderr
+    taken = command("pipelines", "reload", "--index", "var/index", "--url", server)
+    assert taken.returncode == 0, taken.stderr
+    assert [any(hit.startswith("boiler.md") for hit in hits) for hits in (before, found()[:1])] == [False, True]
+    nothing = command("pipelines", "reload", "--index", "var/nothing", "--url", server)
+    assert (nothing.stderr.count("\n"), "var/nothing" in nothing.stderr) == (1, True), nothing.stderr
     assert httpx2.post(f"{server}/admin/reload", json={"model": built.models[0]}, timeout=120).status_code == 200
 
 

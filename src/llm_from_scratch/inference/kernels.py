@@ -61,7 +61,7 @@ def forward(core: int, cores: int, meeting: Whole, model: tuple[Any, ...], state
     of `like`; whether the MLPs' activations are rounded to 8 bits; the head's norm (1, C), weights, scales, and whether it rounds, too; the
     norms' epsilon; whether weights come from memory (`far`); and cosines and signed sines of all places, (T, D).
 
-    The `state` is: ids (B, T), the slot of the first row, and where each row begins in its slot, (B,); addresses of keys and values, (L, 2),
+    The `state` is: ids (B, T), the slot of the first row, and where each row begins in its slot, (B,); addresses of keys and values (L, 2)
     and the shape of each, (slots, S, G, D); room for x (M, C), for queries, keys and values side by side, what attention gathers, gate, up,
     and what they make (M, I), and a spare x for each core; of how many tokens one's logits are wanted (`each`), and room for them.
 
