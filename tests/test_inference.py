@@ -19,7 +19,17 @@ from llm_from_scratch.bundle import BundleError
 from llm_from_scratch.inference.decoding import last_logits
 from llm_from_scratch.inference.engine import Engine, Piece, PromptTooLong
 from llm_from_scratch.inference.kv_cache import CacheFull, KVCache
-from llm_from_scratch.inference.sampling import Sampling, discouraged, generate, log_probability, nucleus, penalized, pick, probabilities
+from llm_from_scratch.inference.sampling import (
+    Sampling,
+    discouraged,
+    generate,
+    likeliest,
+    log_probability,
+    nucleus,
+    penalized,
+    pick,
+    probabilities,
+)
 from llm_from_scratch.inference.streaming import TextStream
 from llm_from_scratch.model.attention import AttentionParams
 from llm_from_scratch.model.bigram import Bigram, BigramParams
@@ -148,6 +158,14 @@ def test_a_bias_is_that_of_transformers_and_comes_before_the_penalty() -> None:
         theirs = RepetitionPenaltyLogitsProcessor(2.0)(history, theirs)
         sampling = Sampling(temperature=0, max_tokens=1, repetition_penalty=2.0, logit_bias=tuple(biases.items()))
         assert pick(logits, sampling, torch.Generator(), [1, 2]) == int(theirs.argmax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_are_torchs_and_the_first_of_those_that_tie(dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)).to(dtype)[:, ::2]
+    logits[2], logits[3, [7, 90]] = 0.0, 100.0
+    assert likeliest(logits) == logits.argmax(-1).tolist()
+    assert likeliest(logits)[2:] == [0, 7]
 
 
 def test_openai_penalties_count_what_was_generated_and_not_the_prompt() -> None:
