@@ -233,8 +233,10 @@ def test_the_limits_of_search_are_those_of_its_ranks(tmp_path: Path) -> None:
         topic: np.mean([rank == 1 for rank in ranks[start::2]]) for start, topic in enumerate("AB")
     }
     assert found["described"]["bm25"]["recall_at_1"] == 0.25, "the same words for all, and only the river runs to the sea"
-    near = index.search_all([question.question for question in questions], 1, "dense")
-    assert found["refused"] == np.mean([hits[0].score < index.params.search.minimum_similarity for hits in near])
+    index.params = index.params.model_copy(update={"search": index.params.search.model_copy(update={"minimum_evidence": 0.5})})
+    refused = [index.find(question.question, 1).evidence < 0.5 for question in questions]
+    assert search_limits(index, questions)["refused"] == np.mean(refused)
+    assert found["refused"] == 0, "no evidence is too little for a tiny index"
 
 
 def test_what_a_citation_is_worth_worked_by_hand() -> None:

@@ -348,14 +348,14 @@ def test_an_answer_cites_only_the_sources_that_say_so(tmp_path: Path, embedder: 
 # Not in the documents
 
 
-def test_a_question_far_from_every_passage_is_answered_with_that_and_no_work(
+def test_a_question_with_too_little_evidence_is_answered_with_that_and_no_work(
     tmp_path: Path, embedder: Embedder, tokenizer: CharTokenizer
 ) -> None:
     question = "What is the Nile?"
-    nearest = tiny_index(tmp_path / "any", embedder, PASSAGES).find(question, 1).similarity
+    nearest = tiny_index(tmp_path / "any", embedder, PASSAGES).find(question, 1).evidence
     for least, found in ((nearest - 1e-4, True), (nearest + 1e-4, False)):
         engine = Says("A river.", tokenizer)
-        given = answer(engine, tiny_index(tmp_path / f"{found}", embedder, PASSAGES, strict(minimum_similarity=least)), question, 1, GREEDY)
+        given = answer(engine, tiny_index(tmp_path / f"{found}", embedder, PASSAGES, strict(minimum_evidence=least)), question, 1, GREEDY)
         assert (given.found, len(engine.asked)) == (found, int(found))
         if not found:
             assert (given.text, given.citations, given.prompt_tokens, given.completion_tokens) == (NOT_FOUND, (), 0, 0)

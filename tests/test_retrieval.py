@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import pydoc_data.topics
@@ -327,8 +328,22 @@ def test_fused_search_is_the_fusion_of_both_searches(index: Index) -> None:
     fused, expected = ranking("fused"), fuse_scores(dense, lexical, PARAMS.search.dense_share)
     assert [place for place, _ in fused] == [place for place, _ in expected]
     np.testing.assert_allclose(fused, expected, rtol=1e-6)
-    assert index.find(query, 5) == Found(index.search(query, 5), dense[0][1])
+    hits = index.search(query, 5)
+    assert index.find(query, 5) == Found(hits, index.evidence(query, dense[0][1], hits[0].passage))
     assert index.find(" ", 5) == Found([], -1.0)
+
+
+def test_the_evidence_worked_by_hand(index: Index) -> None:
+    """Of the rivers' names, the Nile is in one of five passages and the Congo in none, so it counts for more."""
+    [nile] = [passage for passage in PASSAGES if passage.document == "nile"]
+    share, known, unknown = PARAMS.search.word_share, math.log(1 + 4.5 / 1.5), math.log(1 + 5.5 / 0.5)
+    assert (len(PASSAGES), sum("nile" in words(passage.searched) for passage in PASSAGES)) == (5, 1)
+    assert index.lexical.coverage({"nile", "congo"}, {"the", "nile"}) == pytest.approx(known / (known + unknown))
+    for question, covered in (("What is the Nile?", 1.0), ("Nile or Congo?", known / (known + unknown)), ("And the Congo?", 0.0)):
+        assert index.evidence(question, 0.5, nile) == pytest.approx((1 - share) * 0.5 + share * covered), question
+    assert index.evidence("What was it?", 0.5, nile) == 0.5, "no content words"
+    with pytest.raises(ValueError, match="no words are asked for"):
+        index.lexical.coverage((), {"nile"})
 
 
 def test_an_empty_query_finds_nothing_and_strange_words_only_neighbours_in_meaning(index: Index) -> None:
@@ -491,6 +506,18 @@ def test_an_index_of_another_embedder_is_refused(index: Index, tmp_path: Path) -
     stranger = Embedder.open(tiny_encoder(tmp_path / "stranger", seed=1))
     with pytest.raises(bundle.BundleError, match=r"was made with the embedder .*, the one here is .*dvc repro index"):
         Index.open(tmp_path / "index", stranger)
+
+
+def test_an_index_with_the_params_of_another_version_is_refused_in_a_line(index: Index, tmp_path: Path) -> None:
+    old = json.loads((tmp_path / "index" / "params.json").read_text())
+    old["search"]["minimum_similarity"] = old["search"].pop("minimum_evidence")
+    shutil.copytree(tmp_path / "index", tmp_path / "old")
+    (tmp_path / "old" / "params.json").write_text(json.dumps(old))
+    (tmp_path / "old" / "manifest.json").unlink()
+    bundle.seal(tmp_path / "old", "index", "index", {"embedder": index.embedder.digest})
+    wanted = r"was made by another version: params\.json has search\.minimum_evidence: Field required; rebuild it with: dvc repro index$"
+    with pytest.raises(bundle.BundleError, match=wanted):
+        Index.open(tmp_path / "old", index.embedder)
 
 
 @pytest.mark.parametrize("name", ["faiss.index", "passages.jsonl", "bm25/counts.npy", "bm25/vocabulary.json"])

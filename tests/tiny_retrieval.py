@@ -16,7 +16,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-()"
 WORDS = ["the", "of", "a", "is", "what", "who", "cat", "dog", "film", "star", "river", "in", "and"]
 
 # Nothing is too far away to be answered from, and every source is cited: a tiny model's words are in none.
-SEARCH = SearchParams(probes=4, dense_share=0.55, minimum_similarity=-1.0, support=0.0)
+SEARCH = SearchParams(probes=4, dense_share=0.55, word_share=0.3, minimum_evidence=-1.0, support=0.0)
 PARAMS = IndexParams(
     documents="wiki",
     embedder="tiny",

@@ -2,7 +2,7 @@
 
 By field: some names are shared by more things than others. By description: "1968 film by Stanley Kubrick" instead of the title, with hardly
 a word in common with what is sought; many descriptions fit several entries, so nobody could find all. And refusal: how often a question
-that has a passage is so far from the nearest that the service would rather not answer.
+that has a passage finds so little evidence of it that the service would rather not answer.
 
 A passage is cited where it has enough of an answer's words, which is no proof. How far that can be trusted is counted: how often answers
 that are right are cited, and how often those that are wrong.
@@ -31,12 +31,11 @@ def search_limits(index: Index, questions: Sequence[Question]) -> dict[str, Any]
     """`topics`, with recall_at_1 of fused search; `described`, the `rank_means` of each way to search; and `refused`, a share."""
     ranks = np.array(ranks_of_answers(index, questions, "fused"))
     described = [replace(question, question=question.answer) for question in questions]
-    nearest = index.search_all([question.question for question in questions], 1, "dense")
-    least = index.params.search.minimum_similarity
+    least = index.params.search.minimum_evidence
     return {
         "topics": by_topic(questions, {"recall_at_1": (ranks == 1).astype(np.float64)}),
         "described": {mode: rank_means(ranks_of_answers(index, described, mode)) for mode in get_args(Mode)},
-        "refused": float(np.mean([not hits or hits[0].score < least for hits in nearest])),
+        "refused": float(np.mean([index.find(question.question, 1).evidence < least for question in questions])),
     }
 
 

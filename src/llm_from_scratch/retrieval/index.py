@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from llm_from_scratch import bundle
 from llm_from_scratch.data.documents import Document
 from llm_from_scratch.retrieval.dense import Dense, Numbers
+from llm_from_scratch.retrieval.grounding import content_words
 from llm_from_scratch.retrieval.lexical import Lexical, words
 from llm_from_scratch.retrieval.passages import Passage, read_passages, split, write_passages
 from llm_from_scratch.section import Section
@@ -44,13 +45,15 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class SearchParams(Section):
     """How passages are searched and answered from; an index remembers it, as the numbers belong to its embedder and its texts.
 
-    Under `minimum_similarity`, the cosine of the nearest passage, a question is not answered. `support` is the share of an answer's
-    words that a passage must have to be cited.
+    A question is answered from `minimum_evidence` on: so much speaks for the answer being in there. `word_share` of the evidence is the
+    share of the question's content words that the best passage has, rare ones for more; the rest is the cosine of the nearest passage.
+    `support` is the share of an answer's words that a passage must have to be cited.
     """
 
     probes: Annotated[int, Field(ge=1)]
     dense_share: Share
-    minimum_similarity: Annotated[float, Field(ge=-1.0, le=1.0)]
+    word_share: Share
+    minimum_evidence: Annotated[float, Field(ge=-1.0, le=1.0)]
     support: Share
 
 
@@ -82,10 +85,10 @@ class Hit:
 
 @dataclass(frozen=True)
 class Found:
-    """The best passages, and the cosine of the nearest passage of all, which is -1 where there was nothing to look at."""
+    """The best passages, and how much speaks for the answer being in there (see SearchParams): -1 where there was nothing to look at."""
 
     hits: list[Hit]
-    similarity: float
+    evidence: float
 
 
 def build_index(folder: Path, passages: Sequence[Passage], vectors: Vectors, params: IndexParams) -> None:
@@ -148,7 +151,12 @@ class Index:
             )
         if PARAMS_FILE not in manifest.files:
             raise bundle.BundleError(f"{folder} was made by an earlier version, without {PARAMS_FILE}; rebuild it with: dvc repro index")
-        params = IndexParams.model_validate_json((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+        try:
+            params = IndexParams.model_validate_json((folder / PARAMS_FILE).read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise bundle.BundleError(
+                f"{folder} was made by another version: {_complaint(error)}; rebuild it with: dvc repro {manifest.made_by}"
+            ) from None
         return cls(
             read_passages(folder / PASSAGES_FILE),
             np.load(folder / NUMBERS_FILE, allow_pickle=False),
@@ -181,13 +189,18 @@ class Index:
         return found
 
     def find(self, query: str, k: int, where: Where | None = None) -> Found:
-        """The fused `search`, and how near the nearest passage is."""
+        """The fused `search`, and the evidence that the answer is in there."""
         if k < 1 or not query.strip():
             return Found(self.search(query, k), -1.0)
         allowed, depth = self._allowed(where), max(k, DEPTH)
         [dense], [lexical] = self._by_meaning([query], depth, allowed), self._by_words([query], depth, allowed)
         hits = self._hits(fuse_scores(dense, lexical, self.params.search.dense_share, depth), k)
-        return Found(hits, dense[0][1] if dense else -1.0)
+        return Found(hits, self.evidence(query, dense[0][1], hits[0].passage) if dense else -1.0)
+
+    def evidence(self, query: str, cosine: float, best: Passage) -> float:
+        """How much speaks for the answer being in there (see SearchParams), by the nearest passage's `cosine` and the `best` passage."""
+        asked, share = content_words(query), self.params.search.word_share
+        return (1 - share) * cosine + share * self.lexical.coverage(asked, set(words(best.searched))) if asked else cosine
 
     def add(self, documents: Iterable[Document], progress: Progress | None = None) -> int:
         """The number of passages that `documents` gave, cut as the others were; only they are embedded.
@@ -263,6 +276,11 @@ class Index:
                 raise ValueError(f"search: no passage has a '{key}'; there is {', '.join(sorted(known))}")
             self._columns[key] = np.array([_value(passage, key) for passage in self.passages], np.str_)
         return self._columns[key]
+
+
+def _complaint(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{PARAMS_FILE} has {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _value(passage: Passage, key: str) -> str:

@@ -13,9 +13,10 @@ Shapes: N passages, W words, P pairs of a word and a passage that has it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -111,9 +112,23 @@ class Lexical:
             if word in self.vocabulary:
                 pairs = slice(*self.starts[self.vocabulary[word] : self.vocabulary[word] + 2])
                 places, counts = self.places[pairs], self.counts[pairs]
-                idf = np.log(1 + (len(found) - len(places) + 0.5) / (len(places) + 0.5))
-                found[places] += asked * idf * counts / (counts + self._saturation[places])
+                found[places] += asked * self._rarity(len(places)) * counts / (counts + self._saturation[places])
         return found
+
+    def coverage(self, asked: Collection[str], text: Collection[str]) -> float:
+        """The share, 0 to 1, of the words `asked` that a `text` has, rare ones for more (by idf). Raises ValueError where none is asked."""
+        if not asked:
+            raise ValueError("no words are asked for, so no share of them is covered")
+        weights = {word: self._rarity(self._passages_with(word)) for word in set(asked)}
+        return float(sum(weight for word, weight in weights.items() if word in text) / sum(weights.values()))
+
+    def _passages_with(self, word: str) -> int:
+        number = self.vocabulary.get(word)
+        return 0 if number is None else int(self.starts[number + 1] - self.starts[number])
+
+    def _rarity(self, passages: int) -> float:
+        """The idf of a word that so many have."""
+        return math.log(1 + (len(self.lengths) - passages + 0.5) / (passages + 0.5))
 
     @classmethod
     def _ordered(cls, vocabulary: dict[str, int], numbers: Array, places: Array, counts: Array, lengths: Array) -> Self:

@@ -115,7 +115,7 @@ def form_of(tokenizer: Tokenizer) -> Form:
 def answer(engine: Engine, index: Index, question: str, k: int, sampling: Sampling, where: Where | None = None) -> Answer:
     """The engine's answer to `question`, having read the best `k` passages (of those that `where` lets pass), or as many as fit.
 
-    Room is kept for `sampling.max_tokens`. Where even the nearest passage is further than `index.search.minimum_similarity`, nothing is
+    Room is kept for `sampling.max_tokens`. Where the evidence is below `index.search.minimum_evidence`, nothing is
     generated. Raises ValueError when the question is empty or alone does not fit, or as `Index.search` does.
     """
     *_, complete = answering(engine, index, question, k, sampling, where)
@@ -131,7 +131,7 @@ def answering(
     room = None if limit is None else limit - sampling.max_tokens
     fit_passages(question, [], engine.tokenizer, room, form)
     found = index.find(question, k, where)
-    if not found.hits or found.similarity < rules.minimum_similarity:
+    if not found.hits or found.evidence < rules.minimum_evidence:
         yield Answer(NOT_FOUND, (), "stop", 0, 0, found=False)
         return
     told = [form.told(hit.passage.title, hit.passage.text) for hit in found.hits]
