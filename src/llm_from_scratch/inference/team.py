@@ -1,4 +1,4 @@
-"""Threads that stay awake between the forwards of a text, each on a core of its own.
+"""Threads that share the work of a forward, one a core.
 
 OpenMP gives every thread that asks a team of its own, and the teams of sixteen callers would take turns on the same two cores.
 """
