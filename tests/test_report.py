@@ -56,13 +56,13 @@ def test_a_cell_measured_by_hand_is_written_for_people_whatever_it_is(cell: obje
 def test_a_table_measured_by_hand_has_the_columns_that_were_asked_for_and_says_by_what() -> None:
     told = {
         "title": "Speed",
-        "machine": {"cpu": "Z80", "cores": 1, "torch": "0"},
+        "machine": {"cpu": "Z80", "cores": 1, "torch": "0", "bf16_units": True},
         "rows": [{"what": "ours", "ms": 1.5}, {"what": "theirs"}],
     }
     source = '{% import "_tables.md.j2" as tables %}{{ tables.measured("speed", told, ["what", "ms"]) }}'
     said = pages.environment().from_string(source).render(told=told).splitlines()
     assert said[:4] == ["| what | ms |", "|---|---:|", "| ours | 1.5 |", "| theirs |  |"]
-    assert "`python -m benchmarks.speed` (Z80, 1 cores" in said[-1]
+    assert "`python -m benchmarks.speed` (Z80, 1 cores with units for bf16, torch 0)" in said[-1]
     assert "[Speed](../benchmarks/speed.md)" in said[-1]
 
 
