@@ -85,7 +85,9 @@ def reload(root: Path, url: str, api_key_file: str, champion: bool = False, inde
         raise ValueError(f"{url} keeps its model ({error.code}): {error.read().decode(errors='replace')[:300]}") from None
     except URLError as error:
         raise ValueError(f"nobody answers at {url} ({error.reason}); make serve starts a server") from None
-    return f"{url} answers with {said['digest'][:12]}… ({tag}), before with {said['previous'][:12]}…"
+    same = "as before" if not said["changed"] else "as before; its index or embedder is new"
+    before = same if said["digest"] == said["previous"] else f"before with {said['previous'][:12]}…"
+    return f"{url} answers with {said['digest'][:12]}… ({tag}), {before}"
 
 
 @contextmanager

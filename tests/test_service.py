@@ -696,6 +696,13 @@ def test_documents_of_ones_own_are_added_and_a_running_server_answers_from_them(
     assert "python -m pipelines serve --index var/index" in added.stderr
     taken = command("pipelines", "reload", "--index", "var/index", "--url", server)
     assert taken.returncode == 0, taken.stderr
+    assert taken.stdout.startswith(f"{server} answers with ")
+    again = command("pipelines", "reload", "--index", "var/index", "--url", server)
+    assert again.stdout.endswith("), as before\n"), again.stdout
+    plain = command("pipelines", "reload", "--url", server)
+    assert plain.stdout.endswith("), as before; its index or embedder is new\n"), plain.stdout
+    assert not any(hit.startswith("boiler.md") for hit in found())
+    assert command("pipelines", "reload", "--index", "var/index", "--url", server).returncode == 0
     assert [any(hit.startswith("boiler.md") for hit in hits) for hits in (before, found()[:1])] == [False, True]
     nothing = command("pipelines", "reload", "--index", "var/nothing", "--url", server)
     assert (nothing.stderr.count("\n"), "var/nothing" in nothing.stderr) == (1, True), nothing.stderr
